@@ -1,1 +1,1 @@
-//! (being written)
+//! The daemon `havmd` and the CLI `havm`.
