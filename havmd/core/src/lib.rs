@@ -10,3 +10,4 @@ pub mod ids;
 pub mod message;
 pub mod order;
 pub mod record;
+pub mod spec;
