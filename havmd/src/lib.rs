@@ -1,1 +1,3 @@
 //! The daemon `havmd` and the CLI `havm`.
+
+pub mod libvirt;

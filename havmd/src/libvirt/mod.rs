@@ -1,0 +1,5 @@
+//! libvirt: definitions (pure), and the thread that talks to it.
+
+pub mod refuse;
+pub mod transform;
+pub mod tree;
