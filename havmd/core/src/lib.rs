@@ -6,6 +6,8 @@
 //! comments refer to it).
 #![forbid(unsafe_code)]
 
+pub mod command;
+pub mod event;
 pub mod ids;
 pub mod message;
 pub mod order;
