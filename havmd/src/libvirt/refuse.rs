@@ -41,7 +41,11 @@ pub(super) struct Found(pub Vec<Refusal>);
 
 impl Found {
     pub fn add(&mut self, what: impl Into<String>, why: &str, remedy: &str) {
-        self.0.push(Refusal { what: what.into(), why: why.to_owned(), remedy: remedy.to_owned() });
+        self.0.push(Refusal {
+            what: what.into(),
+            why: why.to_owned(),
+            remedy: remedy.to_owned(),
+        });
     }
 }
 
@@ -67,14 +71,26 @@ const DEVICES: &[(&str, &str, &str)] = &[
         "the TPM's state lives in a process outside QEMU and is not replicated",
         "remove the tpm device",
     ),
-    ("redirdev", "a redirected USB device cannot follow the guest", "remove it"),
-    ("smartcard", "a smart card cannot follow the guest", "remove it"),
+    (
+        "redirdev",
+        "a redirected USB device cannot follow the guest",
+        "remove it",
+    ),
+    (
+        "smartcard",
+        "a smart card cannot follow the guest",
+        "remove it",
+    ),
     (
         "vsock",
         "vhost-vsock keeps its state in the host's kernel",
         "remove it and use a TCP connection or the guest agent's channel",
     ),
-    ("crypto", "virtio-crypto cannot be saved and restored", "remove it"),
+    (
+        "crypto",
+        "virtio-crypto cannot be saved and restored",
+        "remove it",
+    ),
     (
         "memory",
         "memory modules (dimm, nvdimm, virtio-mem) are not captured",
@@ -99,7 +115,10 @@ pub(super) fn check(domain: &Element, found: &mut Found) {
     let devices = domain.get("devices").unwrap_or(&empty);
     for (tag, why, remedy) in DEVICES {
         for d in devices.all(tag) {
-            let model = d.attr("type").or(d.attr("model")).map(|t| format!(" '{t}'"));
+            let model = d
+                .attr("type")
+                .or(d.attr("model"))
+                .map(|t| format!(" '{t}'"));
             found.add(format!("<{tag}>{}", model.unwrap_or_default()), why, remedy);
         }
     }
@@ -111,7 +130,10 @@ pub(super) fn check(domain: &Element, found: &mut Found) {
             .is_some_and(|a| a.attr("accel3d") == Some("yes"));
         if accel || matches!(kind, "qxl" | "vmvga" | "xen" | "gop" | "parallels") {
             found.add(
-                format!("<video> model '{kind}'{}", if accel { " with 3D acceleration" } else { "" }),
+                format!(
+                    "<video> model '{kind}'{}",
+                    if accel { " with 3D acceleration" } else { "" }
+                ),
                 "its memory is written or kept outside of what can be captured",
                 "use <model type='vga'/>, or <model type='none'/> with a serial console",
             );
@@ -120,12 +142,20 @@ pub(super) fn check(domain: &Element, found: &mut Found) {
     for g in devices.all("graphics") {
         let gl = g.get("gl").is_some_and(|x| x.attr("enable") == Some("yes"));
         if gl || g.attr("type") == Some("egl-headless") {
-            found.add("<graphics> with OpenGL", "its state is in the host's GPU", "turn gl off");
+            found.add(
+                "<graphics> with OpenGL",
+                "its state is in the host's GPU",
+                "turn gl off",
+            );
         }
     }
     for c in devices.all("controller") {
         if c.attr("model") == Some("vhost-scsi") {
-            found.add("vhost-scsi controller", "the host kernel writes guest memory unseen", "use virtio-scsi");
+            found.add(
+                "vhost-scsi controller",
+                "the host kernel writes guest memory unseen",
+                "use virtio-scsi",
+            );
         }
     }
 }
@@ -140,7 +170,9 @@ fn check_os(domain: &Element, found: &mut Found) {
             "there is none on other machines yet",
         ),
     }
-    let pflash = os.get("loader").is_some_and(|l| l.attr("type") == Some("pflash"));
+    let pflash = os
+        .get("loader")
+        .is_some_and(|l| l.attr("type") == Some("pflash"));
     if pflash || os.get("nvram").is_some() || os.attr("firmware") == Some("efi") {
         found.add(
             "UEFI firmware with an NVRAM file",
@@ -152,7 +184,11 @@ fn check_os(domain: &Element, found: &mut Found) {
 
 fn check_memory(domain: &Element, found: &mut Found) {
     if domain.get("maxMemory").is_some() {
-        found.add("<maxMemory>", "hot-plugged memory is not captured", "remove <maxMemory>");
+        found.add(
+            "<maxMemory>",
+            "hot-plugged memory is not captured",
+            "remove <maxMemory>",
+        );
     }
     if domain.at(&["memoryBacking", "hugepages"]).is_some() {
         let memfd = domain
@@ -171,7 +207,9 @@ fn check_memory(domain: &Element, found: &mut Found) {
             "remove <launchSecurity>",
         );
     }
-    let cells = domain.at(&["cpu", "numa"]).map_or(0, |n| n.all("cell").count());
+    let cells = domain
+        .at(&["cpu", "numa"])
+        .map_or(0, |n| n.all("cell").count());
     if cells > 1 {
         found.add(
             format!("{cells} NUMA cells"),

@@ -43,7 +43,10 @@ pub struct Element {
 impl Element {
     /// An empty element.
     pub fn new(name: &str) -> Self {
-        Element { name: name.to_owned(), ..Element::default() }
+        Element {
+            name: name.to_owned(),
+            ..Element::default()
+        }
     }
     /// With an attribute.
     #[must_use]
@@ -65,7 +68,10 @@ impl Element {
     }
     /// The value of an attribute.
     pub fn attr(&self, name: &str) -> Option<&str> {
-        self.attrs.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+        self.attrs
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, v)| v.as_str())
     }
     /// Sets an attribute.
     pub fn set(&mut self, name: &str, value: &str) {
@@ -270,7 +276,15 @@ mod tests {
     /// A hostile or broken text is an error with a place, never a panic or an endless stack.
     #[test]
     fn broken_text_is_an_error() {
-        for bad in ["", "<a>", "<a></b>", "</a>", "<a b=c/>", "<a>&nope;</a>", "plain"] {
+        for bad in [
+            "",
+            "<a>",
+            "<a></b>",
+            "</a>",
+            "<a b=c/>",
+            "<a>&nope;</a>",
+            "plain",
+        ] {
             assert!(Element::parse(bad).is_err(), "{bad:?}");
         }
         assert_eq!(
