@@ -43,7 +43,7 @@ pub struct Qmp {
     socket: LineSocket,
     path: String,
     timeout: Duration,
-    pid: Option<u32>,
+    pid: u32,
     version: Version,
     next_id: u64,
     /// Messages received so far.
@@ -87,7 +87,10 @@ impl Qmp {
             source,
         };
         let socket = LineSocket::connect(path).map_err(io)?;
-        let pid = socket.peer_pid().map_err(io)?;
+        let Some(pid) = socket.peer_pid().map_err(io)? else {
+            let what = "its process is not in this pid namespace".to_owned();
+            return Err(QmpError::Protocol { path: name, what });
+        };
         let mut qmp = Qmp {
             socket,
             path: name.clone(),
@@ -140,10 +143,9 @@ impl Qmp {
         Ok(())
     }
 
-    /// The pid of the process that opened the monitor socket, normally QEMU, in our pid namespace;
-    /// `None` if that namespace does not hold it. (From SO_PEERCRED; a listening socket that QEMU
-    /// inherited names the process that made it instead.)
-    pub fn peer_pid(&self) -> Option<u32> {
+    /// The pid of the process that opened the monitor socket, normally QEMU. (From SO_PEERCRED; a
+    /// listening socket that QEMU inherited names the process that made it instead.)
+    pub fn peer_pid(&self) -> u32 {
         self.pid
     }
 

@@ -51,7 +51,7 @@ fn qemu(machine: &[&str]) -> (Qemu, Qmp) {
 #[test]
 fn commands_events_and_the_end() {
     let (mut guest, mut q) = qemu(&["-M", "q35", "-m", "64"]);
-    assert_eq!(q.peer_pid(), Some(guest.child.id()));
+    assert_eq!(q.peer_pid(), guest.child.id());
     assert!(q.version().major >= 7, "{:?}", q.version());
     assert_eq!(q.run_state().expect("status"), (false, "prelaunch".into()));
     q.cont().expect("cont");
@@ -151,5 +151,5 @@ fn a_machine_without_ram_is_fine_too() {
     let (guest, mut q) = qemu(&["-M", "none"]);
     q.cont().expect("cont");
     q.stop().expect("stop");
-    assert_eq!(q.peer_pid(), Some(guest.child.id()));
+    assert_eq!(q.peer_pid(), guest.child.id());
 }
