@@ -1,1 +1,3 @@
-//! (being written)
+//! Two libvirt hosts, a witness box and an outside client on one machine, in namespaces.
+
+pub mod place;
