@@ -22,7 +22,9 @@ impl Mapping {
     /// Maps `len` bytes from the start of `file`.
     pub(crate) fn new(file: File, len: usize) -> io::Result<Mapping> {
         if file.metadata()?.len() < len as u64 {
-            return Err(io::Error::other(format!("the file is shorter than {len} bytes")));
+            return Err(io::Error::other(format!(
+                "the file is shorter than {len} bytes"
+            )));
         }
         // SAFETY: a fresh mapping at an address of the kernel's choice; length checked above.
         let p = unsafe {
@@ -39,7 +41,11 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(p.cast()).ok_or_else(|| io::Error::other("mapped at null"))?;
-        Ok(Mapping { base, len, _file: file })
+        Ok(Mapping {
+            base,
+            len,
+            _file: file,
+        })
     }
 
     /// The page at byte offset `at` (a multiple of the page size), if it lies inside.

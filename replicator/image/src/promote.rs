@@ -3,7 +3,7 @@
 use crate::error::ImageError;
 use crate::ram::RamImage;
 use crate::stream;
-use havm_qmp::{Event, Qmp};
+use havm_qmp::{EventKind, Qmp};
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -56,7 +56,8 @@ pub fn load(
 
     let io = |what| move |source| ImageError::Io { what, source };
     let (mut ours, theirs) = UnixStream::pair().map_err(io("make a socket pair"))?;
-    ours.set_write_timeout(Some(LOAD_DEADLINE)).map_err(io("set a timeout"))?;
+    ours.set_write_timeout(Some(LOAD_DEADLINE))
+        .map_err(io("set a timeout"))?;
     let t1 = Instant::now();
     qmp.send_fd("havm-image", theirs.as_fd())?;
     drop(theirs);
@@ -65,20 +66,32 @@ pub fn load(
         .name("image-stream".into())
         .spawn(move || ours.write_all(&bytes))
         .map_err(io("start a thread"))?;
-    qmp.take_events();
+    qmp.take_events().for_each(drop);
     let asked = qmp.execute(
         "migrate-incoming",
         serde_json::json!({"uri": "fd:havm-image", "exit-on-error": false}),
     );
-    let loaded = asked.map_err(ImageError::from).and_then(|_| wait_loaded(qmp, t1));
+    let loaded = asked
+        .map_err(ImageError::from)
+        .and_then(|_| wait_loaded(qmp, t1));
     let written = writer.join();
     loaded?;
     match written {
         Ok(Ok(())) => {}
-        Ok(Err(source)) => return Err(ImageError::Io { what: "write the stream", source }),
+        Ok(Err(source)) => {
+            return Err(ImageError::Io {
+                what: "write the stream",
+                source,
+            });
+        }
         Err(_) => return Err(ImageError::Load("the stream's writer died".into())),
     }
-    Ok(Promoted { stream, load: t1.elapsed(), cont: Duration::ZERO, stream_bytes })
+    Ok(Promoted {
+        stream,
+        load: t1.elapsed(),
+        cont: Duration::ZERO,
+        stream_bytes,
+    })
 }
 
 /// Starts the vCPUs of a loaded guest.
@@ -109,21 +122,27 @@ pub fn promote(
 fn wait_loaded(qmp: &mut Qmp, since: Instant) -> Result<(), ImageError> {
     while since.elapsed() < LOAD_DEADLINE {
         let left = LOAD_DEADLINE.saturating_sub(since.elapsed());
-        match qmp.wait_event(left)? {
-            Some(Event::Migration { status }) if status == "completed" => return Ok(()),
-            Some(Event::Migration { status }) if status == "failed" => {
+        match qmp.wait_event(left)?.map(|e| e.kind) {
+            Some(EventKind::Migration { status }) if status == "completed" => return Ok(()),
+            Some(EventKind::Migration { status }) if status == "failed" => {
                 return Err(ImageError::Load(why_failed(qmp)));
             }
             Some(_) => {}
             None => break,
         }
     }
-    Err(ImageError::Load(format!("no answer within {} s", LOAD_DEADLINE.as_secs())))
+    Err(ImageError::Load(format!(
+        "no answer within {} s",
+        LOAD_DEADLINE.as_secs()
+    )))
 }
 
 fn why_failed(qmp: &mut Qmp) -> String {
     match qmp.execute("query-migrate", serde_json::json!({})) {
-        Ok(v) => v["error-desc"].as_str().unwrap_or("it gives no reason").to_owned(),
+        Ok(v) => v["error-desc"]
+            .as_str()
+            .unwrap_or("it gives no reason")
+            .to_owned(),
         Err(e) => format!("and its monitor failed: {e}"),
     }
 }

@@ -55,8 +55,12 @@ impl RamImage {
     /// A block that should be a file cannot be mapped.
     pub fn map(qmp: &Qmp, blocks: &[RamBlock]) -> Result<RamImage, ImageError> {
         let pid = qmp.peer_pid();
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))
-            .map_err(|source| ImageError::Io { what: "read QEMU's memory map", source })?;
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|source| {
+            ImageError::Io {
+                what: "read QEMU's memory map",
+                source,
+            }
+        })?;
         let blocks = blocks
             .iter()
             .map(|b| {
@@ -67,7 +71,10 @@ impl RamImage {
                 } else {
                     Backing::Private(vec![0; len.next_multiple_of(PAGE_BYTES)])
                 };
-                Ok(Block { info: b.into(), backing })
+                Ok(Block {
+                    info: b.into(),
+                    backing,
+                })
             })
             .collect::<Result<_, ImageError>>()?;
         Ok(RamImage { blocks })
@@ -150,7 +157,9 @@ impl RamImage {
         let mut copied = 0;
         for (i, b) in mine.iter().enumerate() {
             for p in 0..b.len.div_ceil(PAGE_BYTES as u64) as u32 {
-                let Some(from) = self.page(i as u16, p) else { continue };
+                let Some(from) = self.page(i as u16, p) else {
+                    continue;
+                };
                 if from.iter().all(|&x| x == 0) {
                     continue;
                 }
@@ -182,8 +191,11 @@ impl RamImage {
 }
 
 /// Opens the file behind the mapping at the block's address, and maps it here.
-fn map_block(pid: i32, maps: &str, b: &RamBlock, len: usize) -> Result<Mapping, ImageError> {
-    let err = |why: String| ImageError::Map { block: b.name.clone(), why };
+fn map_block(pid: u32, maps: &str, b: &RamBlock, len: usize) -> Result<Mapping, ImageError> {
+    let err = |why: String| ImageError::Map {
+        block: b.name.clone(),
+        why,
+    };
     let (range, offset) = maps
         .lines()
         .find_map(|l| {
