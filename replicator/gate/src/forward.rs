@@ -43,9 +43,10 @@ impl Threads {
             shared: shared.clone(),
             handles: Vec::new(),
         };
-        let jobs: [(&str, fn(&Shared, &Stop)); 2] =
-            [("gate-out", output_loop), ("gate-in", input_loop)];
-        for (name, job) in jobs {
+        for (name, job) in [
+            ("gate-out", output_loop as fn(&Shared, &Stop)),
+            ("gate-in", input_loop),
+        ] {
             let (shared, stop) = (shared.clone(), stop.clone());
             let handle = thread::Builder::new()
                 .name(name.to_owned())

@@ -8,10 +8,12 @@
 //! A veth stands for the guest's tap: its other end emits unsegmented frames, as a guest does.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod raw;
+
 use havm_gate::{Gate, Limits, NicSpec};
 use nix::sched::{CloneFlags, setns};
 use std::fs::File;
-use std::net::UdpSocket;
+use std::net::{TcpStream, UdpSocket};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -138,6 +140,17 @@ impl Lab {
             })
             .join()
             .expect("no panic inside")
+        })
+    }
+
+    /// Whether anything answers there within 0.7 s: a refused connection is an answer.
+    pub fn reaches(&self, n: &str, ip: &str) -> bool {
+        let to = std::net::SocketAddr::new(ip.parse().expect("an address"), 9);
+        self.within(n, || {
+            match TcpStream::connect_timeout(&to, Duration::from_millis(700)) {
+                Ok(_) => true,
+                Err(e) => e.kind() == std::io::ErrorKind::ConnectionRefused,
+            }
         })
     }
 
