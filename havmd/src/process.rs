@@ -40,7 +40,10 @@ impl Process {
 
     /// Waits for its end.
     pub async fn gone(self) -> std::io::Result<()> {
-        let fd = AsyncFd::with_interest(self.fd, Interest::READABLE)?;
+        // SAFETY: an OwnedFd is open, and the same descriptor, for as long as it lives; the AsyncFd
+        // owns it from here on and never gives it away.
+        let fd = unsafe { AsyncFd::register_with_interest(self.fd, Interest::READABLE) }
+            .map_err(|e| e.into_parts().1)?;
         loop {
             let mut ready = fd.readable().await?;
             if ready.ready().is_readable() {

@@ -56,6 +56,7 @@ pub struct Replicator {
     wire: Arc<Mutex<Wire>>,
     more: Arc<Notify>,
     process: Arc<Mutex<Option<Process>>>,
+    task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
 }
 
 impl Replicator {
@@ -66,6 +67,7 @@ impl Replicator {
             wire: Arc::default(),
             more: Arc::default(),
             process: Arc::default(),
+            task: Arc::default(),
         }
     }
 
@@ -163,6 +165,14 @@ impl Replicator {
             self.more.notify_one();
         }
         true
+    }
+
+    /// Lets go of it: no more orders or reports through this handle. What a daemon's end does.
+    pub fn hang_up(&self) {
+        if let Some(t) = lock(&self.task).take() {
+            t.abort();
+        }
+        *lock(&self.wire) = Wire::default();
     }
 
     /// Its process id, for status.
@@ -272,10 +282,11 @@ impl Replicator {
     ) {
         *lock(&self.process) = process.again().ok();
         let me = self.clone();
-        tokio::spawn(async move {
-            let flusher = tokio::spawn(flush(me.wire.clone(), me.more.clone()));
-            me.read_until_gone(process, reader, &post).await;
-            flusher.abort();
+        let task = tokio::spawn(async move {
+            tokio::select! {
+                () = me.read_until_gone(process, reader, &post) => {}
+                () = flush(me.wire.clone(), me.more.clone()) => {}
+            }
             *lock(&me.wire) = Wire::default();
             *lock(&me.process) = None;
             if let Some(mut c) = child {
@@ -284,6 +295,7 @@ impl Replicator {
             }
             post(Event::ReplicatorLost);
         });
+        *lock(&self.task) = Some(task);
     }
 
     async fn read_until_gone(&self, process: Process, reader: Reader, post: &Post) {
