@@ -1,7 +1,7 @@
 //! The gate's cost: TCP throughput and round trips through it, beside a plain bridge between the
 //! same kind of ends, in one run. Prints JSON. Needs root and iperf3.
 //!
-//! `cargo run --release -p havm-gate --example gate-bench [seconds a run]`
+//! `cargo run --release -p havm-gate --example gate-bench [seconds a run] [rounds]`
 
 #[path = "../tests/common/mod.rs"]
 mod common;
@@ -16,35 +16,53 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 5000;
+const PINGS: usize = 3000;
 
 fn main() {
-    let seconds: u32 = std::env::args()
-        .nth(1)
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(4);
+    let mut args = std::env::args().skip(1);
+    let seconds: u32 = args.next().and_then(|s| s.parse().ok()).unwrap_or(2);
+    let rounds: usize = args.next().and_then(|s| s.parse().ok()).unwrap_or(5);
     assert!(common::usable(), "needs root");
     let lab = Lab::new();
-    let mut report = serde_json::Map::new();
-    report.insert("plain".into(), measure(&lab, "P", PLAIN, seconds));
-
     let gate = lab.gate(Limits::default());
     gate.pass(true);
-    report.insert("gate".into(), measure(&lab, "G", GUEST, seconds));
-    report.insert(
-        "gate_counters".into(),
-        json!(format!("{:?}", gate.counters())),
-    );
-    report.insert("held_10ms".into(), paced(&lab, &gate, seconds));
-    for dir in ["out_gbps", "in_gbps"] {
-        let ratio = num(&report["gate"][dir]) / num(&report["plain"][dir]);
-        report.insert(
-            format!("{}_ratio", &dir[..dir.len() - 5]),
-            json!(round(ratio)),
-        );
+    // In turns, so that what else the machine does falls on both.
+    let (mut plain, mut gated) = (Runs::default(), Runs::default());
+    for _ in 0..rounds {
+        plain.measure(&lab, "P", PLAIN, seconds);
+        gated.measure(&lab, "G", GUEST, seconds);
     }
-    let added = num(&report["gate"]["rtt_us_p50"]) - num(&report["plain"]["rtt_us_p50"]);
-    report.insert("rtt_added_us_p50".into(), json!(round(added)));
+    let counters = gate.counters();
+    let held = paced(&lab, &gate, seconds.max(3));
+    drop(gate);
+    let gate = lab.gate(Limits {
+        shortcut: false,
+        ..Limits::default()
+    });
+    gate.pass(true);
+    let mut threads = Runs::default();
+    threads.measure(&lab, "G", GUEST, seconds);
+    let ratio = |f: fn(&Runs) -> &Vec<f64>| {
+        round(median(
+            f(&gated)
+                .iter()
+                .zip(f(&plain))
+                .map(|(g, p)| g / p)
+                .collect(),
+        ))
+    };
+    let report = json!({
+        "plain": plain.json(),
+        "gate": gated.json(),
+        "gate_without_shortcut": threads.json(),
+        "gate_holding_10ms": held,
+        "out_ratio": ratio(|r| &r.out),
+        "in_ratio": ratio(|r| &r.inn),
+        "rtt_added_us_p50": round(median(gated.rtt.clone()) - median(plain.rtt.clone())),
+        "mean_out_frame_bytes": counters.out_bytes / counters.out_frames.max(1),
+        "frames_lost": counters.overflowed + counters.out_failed + counters.unusable,
+        "rounds": rounds, "seconds": seconds,
+    });
     println!(
         "{}",
         serde_json::to_string_pretty(&report).expect("a report")
@@ -59,11 +77,35 @@ fn round(x: f64) -> f64 {
     (x * 1000.0).round() / 1000.0
 }
 
-fn measure(lab: &Lab, ns: &str, ip: &str, seconds: u32) -> Value {
-    let out = iperf(lab, ns, seconds, false);
-    let inn = iperf(lab, ns, seconds, true);
-    let (p50, p99) = rtt(lab, ns, ip);
-    json!({"out_gbps": out, "in_gbps": inn, "rtt_us_p50": p50, "rtt_us_p99": p99})
+fn median(mut v: Vec<f64>) -> f64 {
+    v.sort_by(f64::total_cmp);
+    v.get(v.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// What one kind of path gave, run by run.
+#[derive(Default)]
+struct Runs {
+    out: Vec<f64>,
+    inn: Vec<f64>,
+    rtt: Vec<f64>,
+    rtt_p99: Vec<f64>,
+}
+
+impl Runs {
+    fn measure(&mut self, lab: &Lab, ns: &str, ip: &str, seconds: u32) {
+        self.out.push(iperf(lab, ns, seconds, false));
+        self.inn.push(iperf(lab, ns, seconds, true));
+        let (p50, p99) = rtt(lab, ns, ip);
+        self.rtt.push(p50);
+        self.rtt_p99.push(p99);
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "out_gbps": median(self.out.clone()), "in_gbps": median(self.inn.clone()),
+            "rtt_us_p50": median(self.rtt.clone()), "rtt_us_p99": median(self.rtt_p99.clone()),
+        })
+    }
 }
 
 /// TCP from the namespace to the client, or the other way; Gbit/s received.
@@ -78,7 +120,7 @@ fn iperf(lab: &Lab, ns: &str, seconds: u32, reverse: bool) -> f64 {
     std::thread::sleep(Duration::from_millis(300));
     let extra = if reverse { "-R" } else { "" };
     let text = common::run(&format!(
-        "timeout {} ip netns exec {n} iperf3 -J -O 1 -t {seconds} -c {CLIENT} {extra}",
+        "timeout {} ip netns exec {n} iperf3 -J -t {seconds} -c {CLIENT} {extra}",
         seconds + 15
     ));
     let _ = server.kill();
@@ -98,9 +140,9 @@ fn rtt(lab: &Lab, ns: &str, ip: &str) -> (f64, f64) {
     let stop = AtomicBool::new(false);
     std::thread::scope(|s| {
         s.spawn(|| echo(&pong, &stop));
-        let mut times: Vec<f64> = Vec::with_capacity(ROUNDS);
+        let mut times: Vec<f64> = Vec::with_capacity(PINGS);
         let mut buf = [7u8; 64];
-        for i in 0..ROUNDS + 500 {
+        for i in 0..PINGS + 500 {
             let t = Instant::now();
             ping.send(&buf).expect("send");
             if ping.recv(&mut buf).is_ok() && i >= 500 {

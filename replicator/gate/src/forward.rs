@@ -121,7 +121,7 @@ fn input_loop(shared: &Shared, stop: &Stop) {
             continue;
         }
         let mut input = shared.input.lock();
-        let open = input.open;
+        let open = input.is_open();
         for _ in 0..BATCH {
             let n = match shared.bridge.read(&mut input.buf) {
                 Ok(n) => n,

@@ -8,6 +8,7 @@ use crate::forward::Threads;
 use crate::iface::{Asker, IfName, has_master, silence};
 use crate::packet::{Got, Receiver, Sender, VNET_HDR};
 use crate::queue::{HeldQueue, SLOT};
+use crate::shortcut::Shortcut;
 use crate::shutter;
 use crate::tap::{self, Tap};
 use havm_core::ids::{EpochNo, StreamId, Term};
@@ -42,6 +43,8 @@ pub struct Limits {
     pub held_frames: usize,
     /// Use virtio-net headers (offloads). Turn off only to measure.
     pub vnet_hdr: bool,
+    /// Give input to the guest inside the kernel where it can. Turn off only to measure.
+    pub shortcut: bool,
 }
 
 impl Default for Limits {
@@ -50,6 +53,7 @@ impl Default for Limits {
             held_bytes: 16 << 20,
             held_frames: 16384,
             vnet_hdr: true,
+            shortcut: true,
         }
     }
 }
@@ -103,7 +107,8 @@ pub(crate) struct Output {
 
 /// Input.
 pub(crate) struct Input {
-    pub open: bool,
+    shortcut: Option<Shortcut>,
+    open: bool,
     pub buf: Box<[u8]>,
 }
 
@@ -171,6 +176,15 @@ impl Gate {
         }
         ask.mtu(&guest, spec.mtu)?;
         ask.flags(&guest, libc::IFF_NOARP | libc::IFF_UP, libc::IFF_MULTICAST)?;
+        let shortcut =
+            (limits.shortcut && hdr_len == VNET_HDR).then(|| Shortcut::new(&bridge_tap, &guest));
+        let shortcut = match shortcut.transpose() {
+            Ok(s) => s,
+            Err(e) => {
+                tracing::info!(dev = bridge_tap.as_str(), %e, "no short cut for input (Linux 6.6): a thread carries it");
+                None
+            }
+        };
         ask.flags(&bridge_tap, libc::IFF_UP, 0)?;
 
         let kick = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
@@ -184,6 +198,7 @@ impl Gate {
                 paused: false,
             }),
             input: FairMutex::new(Input {
+                shortcut,
                 open: false,
                 buf: vec![0; SLOT].into_boxed_slice(),
             }),
@@ -218,7 +233,7 @@ impl Gate {
             out.queue.retag(first);
         }
         self.shared.kick();
-        self.shared.input.lock().open = true;
+        self.shared.input.lock().set(true);
     }
 
     /// The vCPUs stand: what the guest has sent so far belongs to `closing`, what comes later to
@@ -286,11 +301,12 @@ impl Gate {
             self.shared.unpause(&mut out);
             n
         };
-        self.shared.input.lock().open = true;
+        self.shared.input.lock().set(true);
         let_out
     }
 
-    /// Closes both directions: when it returns, nothing more gets through. What is held stays held,
+    /// Closes both directions. When it returns, nothing more gets out; a frame on its way to the
+    /// guest inside the kernel may still take some microseconds. What is held stays held,
     /// until `hold`, `pass` or `discard` decides.
     pub fn close(&self) {
         {
@@ -298,7 +314,7 @@ impl Gate {
             out.state = State::Closed;
             self.shared.unpause(&mut out);
         }
-        self.shared.input.lock().open = false;
+        self.shared.input.lock().set(false);
     }
 
     /// Drops all that is held and all that waits to be read; says how many frames. For a copy that
@@ -383,7 +399,14 @@ impl Gate {
             &self.shared.cells.overflowed,
             self.shared.receiver.overflowed(),
         );
-        self.shared.cells.snapshot()
+        let mut c = self.shared.cells.snapshot();
+        if let Some(s) = &self.shared.input.lock().shortcut {
+            let (frames, bytes, dropped) = s.counts();
+            c.in_frames += frames;
+            c.in_bytes += bytes;
+            c.in_dropped += dropped;
+        }
+        c
     }
 }
 
@@ -402,6 +425,20 @@ impl Drop for Gate {
     fn drop(&mut self) {
         self.close();
         drop(self.threads.take());
+    }
+}
+
+impl Input {
+    fn set(&mut self, open: bool) {
+        self.open = open;
+        if let Some(s) = &self.shortcut {
+            s.set(open);
+        }
+    }
+
+    /// Whether frames may be given to the guest.
+    pub fn is_open(&self) -> bool {
+        self.open
     }
 }
 

@@ -367,6 +367,59 @@ fn the_host_is_silent_at_the_guests_tap() {
     assert!(lab.reaches("G", HOST), "by way of the bridge it may");
 }
 
+/// Nor does anything get out when someone puts the guest's tap into the bridge.
+#[test]
+fn a_guest_tap_in_the_bridge_is_no_way_out() {
+    if !usable() {
+        return;
+    }
+    let lab = Lab::new();
+    lab.fix_neighbours();
+    let gate = lab.gate(Limits::default());
+    let (guest, client) = (lab.udp("G", GUEST, CLIENT), lab.udp("C", CLIENT, GUEST));
+    lab.ip("H", "link set hvg0 master br0");
+    gate.hold(STREAM, TERM, EpochNo(1));
+    send(&guest, 0..10);
+    assert!(
+        numbers(&client, QUIET).is_empty(),
+        "frames went around the gate"
+    );
+    assert_eq!(gate.held().frames, 10);
+}
+
+/// Both ways of input do the same: inside the kernel, and by the thread.
+#[test]
+fn input_with_and_without_the_short_cut() {
+    if !usable() {
+        return;
+    }
+    for shortcut in [true, false] {
+        let lab = Lab::new();
+        lab.fix_neighbours();
+        let gate = lab.gate(Limits {
+            shortcut,
+            ..Limits::default()
+        });
+        let (guest, client) = (lab.udp("G", GUEST, CLIENT), lab.udp("C", CLIENT, GUEST));
+        send(&client, 0..5);
+        assert!(
+            numbers(&guest, QUIET).is_empty(),
+            "a closed gate let input through"
+        );
+        gate.hold(STREAM, TERM, EpochNo(1));
+        send(&client, 5..105);
+        assert_eq!(numbers(&guest, QUIET), (5..105).collect::<Vec<_>>());
+        let c = gate.counters();
+        assert!(
+            c.in_dropped >= 5 && c.in_frames >= 100 && c.in_bytes > 100 * 200,
+            "{c:?}"
+        );
+        gate.close();
+        send(&client, 105..110);
+        assert!(numbers(&guest, QUIET).is_empty());
+    }
+}
+
 /// The guest's tap outlives the gate and is taken over by the next; the bridge's goes with it.
 #[test]
 fn devices_come_and_go() {
