@@ -46,6 +46,8 @@ pub struct Started {
     /// The life of the guest process that outlived the last daemon (as primary or waiting), as
     /// it was given in `StartGuest` or `StartStandbyGuest`.
     pub life: Option<LifeId>,
+    /// That process was started by `StartStandbyGuest` (and promoted since, perhaps).
+    pub waiting: bool,
     /// The guest ended on purpose while no daemon looked (shut down from inside, `virsh destroy`).
     pub ended_on_purpose: bool,
 }

@@ -98,9 +98,14 @@ impl TryFrom<String> for GuestName {
     type Error = IdError;
     fn try_from(s: String) -> Result<Self, IdError> {
         let ok = (1..=50).contains(&s.len())
-            && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.+-".contains(&b))
+            && s.bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"_.+-".contains(&b))
             && s.as_bytes()[0].is_ascii_alphanumeric();
-        if ok { Ok(GuestName(s)) } else { Err(IdError::GuestName(s.chars().take(60).collect())) }
+        if ok {
+            Ok(GuestName(s))
+        } else {
+            Err(IdError::GuestName(s.chars().take(60).collect()))
+        }
     }
 }
 impl FromStr for GuestName {

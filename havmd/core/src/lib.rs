@@ -6,10 +6,20 @@
 //! comments refer to it).
 #![forbid(unsafe_code)]
 
+pub mod claim;
 pub mod command;
+pub mod detector;
+pub mod engine;
 pub mod event;
+pub mod evidence;
+pub mod failback;
 pub mod ids;
 pub mod message;
 pub mod order;
+pub mod permit;
 pub mod record;
+pub mod role;
+pub mod settings;
 pub mod spec;
+pub mod status;
+pub mod timer;

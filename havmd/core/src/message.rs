@@ -4,7 +4,7 @@
 //! needs, and drops what was not meant for its present life (rule 1).
 
 use crate::ids::{EpochNo, GenId, GuestName, LifeId, NodeId, Term};
-use crate::record::{Intent, Role};
+use crate::record::{Arbiter, Intent, Role};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -59,6 +59,12 @@ pub enum Body {
     Join {
         /// Where the standby's replicator listens, one address a link.
         ports: Vec<SocketAddr>,
+    },
+    /// "We are protected from now on; this is the arbiter of our term." From the primary, when it
+    /// has made `protected` durable; the standby needs it to make `eligible` durable (rule 3).
+    Protect {
+        /// Who may grant the next term.
+        arbiter: Arbiter,
     },
     /// "My vCPUs stand, epoch `n` is my last: go on in the next term, protected by me." (rule 9)
     Hand {

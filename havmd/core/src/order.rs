@@ -291,6 +291,7 @@ pub enum GuestEnd {
 }
 
 /// A report of the replicator.
+#[allow(clippy::large_enum_variant)] // one a second at most is a `State`; none is stored in bulk
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "report")]
 pub enum Report {
