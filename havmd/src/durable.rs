@@ -126,6 +126,44 @@ fn sync_folder(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
+/// A payload with its kind, format, number and checksum around it, as it stands in a file.
+pub fn seal(magic: [u8; 8], version: u32, counter: u64, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEAD_BYTES + payload.len() + SUM_BYTES);
+    bytes.extend(magic);
+    bytes.extend(version.to_le_bytes());
+    bytes.extend(counter.to_le_bytes());
+    bytes.extend((payload.len() as u32).to_le_bytes());
+    bytes.extend(payload);
+    bytes.extend(blake3::hash(&bytes).as_bytes());
+    bytes
+}
+
+/// Takes apart what [`seal`] made: the number and the payload, or why it is not believed.
+pub fn unseal(magic: [u8; 8], version: u32, bytes: &[u8]) -> Result<(u64, Vec<u8>), String> {
+    let short = || "too short: cut off".to_owned();
+    let (body, sum) = bytes.split_last_chunk::<SUM_BYTES>().ok_or_else(short)?;
+    let (found_magic, rest) = body.split_first_chunk::<8>().ok_or_else(short)?;
+    if *found_magic != magic {
+        return Err("not the file that havm keeps here".into());
+    }
+    if blake3::hash(body) != *sum {
+        return Err("its checksum is wrong: damaged".into());
+    }
+    let (found_version, rest) = rest.split_first_chunk::<4>().ok_or_else(short)?;
+    let found_version = u32::from_le_bytes(*found_version);
+    if found_version != version {
+        return Err(format!(
+            "format {found_version}, this havm knows format {version}: another version wrote it"
+        ));
+    }
+    let (counter, rest) = rest.split_first_chunk::<8>().ok_or_else(short)?;
+    let (len, payload) = rest.split_first_chunk::<4>().ok_or_else(short)?;
+    if u32::from_le_bytes(*len) as usize != payload.len() {
+        return Err("its length is wrong: damaged".into());
+    }
+    Ok((u64::from_le_bytes(*counter), payload.to_vec()))
+}
+
 /// What two copies say together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Loaded {
@@ -195,7 +233,7 @@ impl TwoCopies {
         }
         // Counted before the attempt: a failed one may have left its number in a copy.
         self.counter += 1;
-        let bytes = self.encode(payload);
+        let bytes = seal(self.magic, self.version, self.counter, payload);
         for path in &self.paths {
             replace_probed(path, &bytes, self.probe)?;
         }
@@ -271,62 +309,15 @@ impl TwoCopies {
         Ok(Loaded::Good { payload, warnings })
     }
 
-    fn encode(&self, payload: &[u8]) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HEAD_BYTES + payload.len() + SUM_BYTES);
-        bytes.extend(self.magic);
-        bytes.extend(self.version.to_le_bytes());
-        bytes.extend(self.counter.to_le_bytes());
-        bytes.extend((payload.len() as u32).to_le_bytes());
-        bytes.extend(payload);
-        bytes.extend(blake3::hash(&bytes).as_bytes());
-        bytes
-    }
-
     fn read(&self, which: usize) -> Copy {
         let max = HEAD_BYTES + MAX_PAYLOAD_BYTES + SUM_BYTES;
         match read_bounded(&self.paths[which], max) {
             Ok(None) => Copy::Absent,
-            Ok(Some(bytes)) => self.decode(&bytes),
+            Ok(Some(bytes)) => match unseal(self.magic, self.version, &bytes) {
+                Ok((counter, payload)) => Copy::Good { counter, payload },
+                Err(why) => Copy::Bad(why),
+            },
             Err(e) => Copy::Bad(format!("cannot be read: {e}")),
-        }
-    }
-
-    fn decode(&self, bytes: &[u8]) -> Copy {
-        let bad = |why: &str| Copy::Bad(why.to_owned());
-        let Some((body, sum)) = bytes.split_last_chunk::<SUM_BYTES>() else {
-            return bad("too short: cut off");
-        };
-        let Some((magic, rest)) = body.split_first_chunk::<8>() else {
-            return bad("too short: cut off");
-        };
-        if *magic != self.magic {
-            return bad("not one of havm's files");
-        }
-        if blake3::hash(body) != *sum {
-            return bad("its checksum is wrong: damaged");
-        }
-        let Some((version, rest)) = rest.split_first_chunk::<4>() else {
-            return bad("too short: cut off");
-        };
-        let version = u32::from_le_bytes(*version);
-        if version != self.version {
-            return Copy::Bad(format!(
-                "format {version}, this havm knows format {}: it was written by another version",
-                self.version
-            ));
-        }
-        let Some((counter, rest)) = rest.split_first_chunk::<8>() else {
-            return bad("too short: cut off");
-        };
-        let Some((len, payload)) = rest.split_first_chunk::<4>() else {
-            return bad("too short: cut off");
-        };
-        if u32::from_le_bytes(*len) as usize != payload.len() {
-            return bad("its length is wrong: damaged");
-        }
-        Copy::Good {
-            counter: u64::from_le_bytes(*counter),
-            payload: payload.to_vec(),
         }
     }
 }
@@ -444,13 +435,10 @@ mod tests {
         for bit in 0..good.len() * 8 {
             let mut bytes = good.clone();
             bytes[bit / 8] ^= 1 << (bit % 8);
-            assert!(matches!(s.decode(&bytes), Copy::Bad(_)), "bit {bit}");
+            assert!(unseal(MAGIC, 1, &bytes).is_err(), "bit {bit}");
         }
         for len in 0..good.len() {
-            assert!(
-                matches!(s.decode(&good[..len]), Copy::Bad(_)),
-                "length {len}"
-            );
+            assert!(unseal(MAGIC, 1, &good[..len]).is_err(), "length {len}");
         }
     }
 
