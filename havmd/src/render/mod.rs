@@ -1,0 +1,5 @@
+//! What people see: text from the same values that `--json` prints.
+
+pub mod events;
+pub mod status;
+pub mod time;
