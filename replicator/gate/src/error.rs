@@ -10,6 +10,9 @@ pub enum GateError {
         "{0:?} is not a usable interface name: 1 to 15 characters, no '/', no white space, not '.' or '..'"
     )]
     Name(String),
+    /// Not a hardware address.
+    #[error("{0:?} is not a hardware address: expected six bytes like 52:54:00:12:34:56")]
+    Mac(String),
     /// The guest's interface is a port of a bridge or bond: what the guest sends would bypass the gate.
     #[error(
         "interface {0} belongs to a bridge or bond, so the guest's output would bypass the gate: take it out (ip link set {0} nomaster)"

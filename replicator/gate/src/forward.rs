@@ -112,6 +112,7 @@ fn output_loop(shared: &Shared, stop: &Stop) {
 }
 
 fn input_loop(shared: &Shared, stop: &Stop) {
+    let mut complained = false;
     while !stop.flag.load(SeqCst) {
         let mut fds = [
             PollFd::new(stop.kick.as_fd(), PollFlags::POLLIN),
@@ -127,9 +128,13 @@ fn input_loop(shared: &Shared, stop: &Stop) {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) => {
-                    tracing::warn!(gate = %shared.name, %e, "reading the bridge's tap");
+                    // Somebody deleted the interface: nothing passes any more. Say so once, and look
+                    // again from time to time, for stopping.
+                    if !std::mem::replace(&mut complained, true) {
+                        tracing::error!(gate = %shared.name, %e, "the bridge's tap is gone: restart the replicator");
+                    }
                     drop(input);
-                    thread::sleep(Duration::from_millis(10));
+                    thread::sleep(Duration::from_millis(200));
                     break;
                 }
             };

@@ -34,6 +34,39 @@ pub struct NicSpec {
     pub mtu: u32,
 }
 
+impl NicSpec {
+    /// From the replicator's spec file.
+    ///
+    /// # Errors
+    /// [`GateError::Mac`] where the address is not six hexadecimal bytes.
+    pub fn from_spec(
+        nic: &havm_core::spec::NicSpec,
+        owner_uid: u32,
+        mtu: u32,
+    ) -> Result<NicSpec, GateError> {
+        Ok(NicSpec {
+            guest_tap: nic.guest_tap.clone(),
+            bridge_tap: nic.bridge_tap.clone(),
+            bridge: nic.bridge.clone(),
+            mac: parse_mac(&nic.mac).ok_or_else(|| GateError::Mac(nic.mac.clone()))?,
+            owner_uid: Some(owner_uid),
+            mtu,
+        })
+    }
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts
+            .next()
+            .filter(|p| p.len() == 2 && !p.starts_with('+'))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    parts.next().is_none().then_some(mac)
+}
+
 /// Bounds of one gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -534,5 +567,27 @@ impl Shared {
             }
         }
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_mac;
+
+    #[test]
+    fn addresses() {
+        assert_eq!(
+            parse_mac("52:54:00:ab:CD:01"),
+            Some([0x52, 0x54, 0, 0xab, 0xcd, 1])
+        );
+        for bad in [
+            "",
+            "52:54:00:ab:cd",
+            "52:54:00:ab:cd:01:02",
+            "52:54:00:ab:cd:0g",
+            "+1:2",
+        ] {
+            assert_eq!(parse_mac(bad), None, "{bad}");
+        }
     }
 }
