@@ -93,7 +93,7 @@ fn parse_maps(text: &str) -> Vec<MapEntry> {
     text.lines().filter_map(parse_map_line).collect()
 }
 
-fn parse_map_line(line: &str) -> Option<MapEntry> {
+pub(crate) fn parse_map_line(line: &str) -> Option<MapEntry> {
     let mut words = line.splitn(6, ' ');
     let (start, end) = words.next()?.split_once('-')?;
     let perms = words.next()?;

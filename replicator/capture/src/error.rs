@@ -82,14 +82,6 @@ impl CaptureError {
             _ => false,
         }
     }
-
-    /// An error of the last system call.
-    pub(crate) fn last(what: &'static str) -> CaptureError {
-        CaptureError::System {
-            what,
-            source: io::Error::last_os_error(),
-        }
-    }
 }
 
 fn list(reasons: &[crate::Refusal]) -> String {
