@@ -1,0 +1,589 @@
+//! One guest disk: what the NBD workers, the epoch pump and the standby share.
+
+use crate::backing::{Backing, Durability};
+use crate::blocks::{BlockSet, blocks_of};
+use crate::counters::{Counters, Live, add};
+use crate::epoch::{EpochWrites, WriteOp};
+use crate::error::{DiskError, MetaError, Result};
+use crate::journal::replay::Replayed;
+use crate::meta::{MetaFile, Opened, Superblock};
+use crate::store::{FileStore, Store};
+use crate::tracker::{Mode, Tracker};
+use bytes::Bytes;
+use havm_core::ids::{EpochNo, GenId, StreamId};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// What a disk is made of.
+#[derive(Debug, Clone)]
+pub struct DiskConfig {
+    /// The raw file or block device.
+    pub image: PathBuf,
+    /// Its metadata file. The journal's two files stand beside it (`.journal0`, `.journal1`).
+    pub meta: PathBuf,
+    /// Names the guest's disk: the same on both sides, and in the metadata.
+    pub disk_id: [u8; 16],
+    /// Bytes of guest writes that may wait for the standby before [`Disk::over_limit`] says so;
+    /// at four times that the stream is given up.
+    pub limit_bytes: u64,
+    /// Bytes of one of the two journal segments; both are reserved on disk.
+    pub segment_bytes: u64,
+    /// Extents of 1 MiB in the write-intent log of new metadata: what a crash makes us compare.
+    pub log_extents: u32,
+}
+
+impl DiskConfig {
+    /// The usual sizes: 256 MiB of waiting writes, segments of 64 MiB, 4096 log extents.
+    pub fn new(image: PathBuf, meta: PathBuf, disk_id: [u8; 16]) -> Self {
+        DiskConfig {
+            image,
+            meta,
+            disk_id,
+            limit_bytes: 256 << 20,
+            segment_bytes: 64 << 20,
+            log_extents: 4096,
+        }
+    }
+
+    fn beside(&self, suffix: &str) -> PathBuf {
+        let mut p = self.meta.clone().into_os_string();
+        p.push(suffix);
+        p.into()
+    }
+}
+
+/// The stores of a disk; the crash tests bring their own.
+#[derive(Debug, Clone)]
+pub struct Stores {
+    /// The guest's data.
+    pub image: Arc<dyn Store>,
+    /// The metadata.
+    pub meta: Arc<dyn Store>,
+    /// The journal's segments.
+    pub journal: [Arc<dyn Store>; 2],
+}
+
+/// One guest disk. See the crate's page for its states.
+#[derive(Debug)]
+pub struct Disk {
+    pub(crate) tracker: Tracker,
+    pub(crate) backing: Arc<Backing>,
+    pub(crate) counters: Arc<Live>,
+    pub(crate) size: u64,
+    replayed: Replayed,
+    /// The superblock says `inconsistent` already.
+    inconsistent: AtomicBool,
+    flusher: Mutex<Option<JoinHandle<()>>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Disk {
+    /// Opens a disk whose metadata exists, in mode [`Mode::Standby`]. `upto` is the commit index
+    /// that outlived the last replicator, where there is one: epochs of that stream that were
+    /// staged beyond it are not replayed.
+    ///
+    /// On [`DiskError::Meta`] the image is untouched: decide, then [`Disk::create`].
+    pub fn open(cfg: &DiskConfig, upto: Option<(StreamId, EpochNo)>) -> Result<Arc<Self>> {
+        let image: Arc<dyn Store> = Arc::new(FileStore::open_disk(&cfg.image)?);
+        if !cfg.meta.exists() {
+            return Err(MetaError::Missing(cfg.meta.clone()).into());
+        }
+        let stores = Self::stores(cfg, image)?;
+        let disk = Arc::new(Self::open_stores(cfg, stores, upto)?);
+        disk.start_flusher()?;
+        Ok(disk)
+    }
+
+    /// Makes new metadata beside an existing image and opens the disk. `all_differ`: nothing is
+    /// known of the peer's copy, so every block is marked (and will be compared).
+    pub fn create(cfg: &DiskConfig, all_differ: bool) -> Result<Arc<Self>> {
+        let image: Arc<dyn Store> = Arc::new(FileStore::open_disk(&cfg.image)?);
+        let stores = Self::stores(cfg, image)?;
+        let disk = Arc::new(Self::create_stores(cfg, stores, all_differ)?);
+        disk.start_flusher()?;
+        Ok(disk)
+    }
+
+    fn stores(cfg: &DiskConfig, image: Arc<dyn Store>) -> Result<Stores> {
+        Ok(Stores {
+            image,
+            meta: Arc::new(FileStore::open_side(&cfg.meta, true)?),
+            journal: [
+                Arc::new(FileStore::open_side(&cfg.beside(".journal0"), true)?),
+                Arc::new(FileStore::open_side(&cfg.beside(".journal1"), true)?),
+            ],
+        })
+    }
+
+    /// [`Disk::create`] on given stores, without a background flusher.
+    pub fn create_stores(cfg: &DiskConfig, stores: Stores, all_differ: bool) -> Result<Self> {
+        let size = stores
+            .image
+            .size()
+            .map_err(DiskError::io("size of the disk"))?;
+        for j in &stores.journal {
+            // Whatever journal was here belonged to metadata that is given up.
+            j.set_size(0)
+                .map_err(DiskError::io("emptying the disk journal"))?;
+            j.flush()
+                .map_err(DiskError::io("emptying the disk journal"))?;
+        }
+        let sb = Superblock::new(cfg.disk_id, size, cfg.log_extents.clamp(64, 1 << 16));
+        MetaFile::create(stores.meta.clone(), &cfg.meta, sb, all_differ)?;
+        Self::open_stores(cfg, stores, None)
+    }
+
+    /// [`Disk::open`] on given stores, without a background flusher: call [`Disk::work`].
+    pub fn open_stores(
+        cfg: &DiskConfig,
+        stores: Stores,
+        upto: Option<(StreamId, EpochNo)>,
+    ) -> Result<Self> {
+        let size = stores
+            .image
+            .size()
+            .map_err(DiskError::io("size of the disk"))?;
+        let opened: Opened = MetaFile::open(stores.meta, &cfg.meta, cfg.disk_id, size)?;
+        let counters = Arc::<Live>::default();
+        let (backing, replayed) = Backing::open(
+            stores.image,
+            size,
+            cfg.disk_id,
+            stores.journal,
+            cfg.segment_bytes.max(1 << 16),
+            upto,
+            counters.clone(),
+        )?;
+        let sb = opened.meta.superblock();
+        // Room for what one burst of parallel writes needs is kept beyond what we fill ourselves.
+        let tracker = Tracker::new(
+            opened,
+            sb.log_extents as usize,
+            cfg.limit_bytes,
+            counters.clone(),
+        );
+        Ok(Disk {
+            tracker,
+            backing: Arc::new(backing),
+            counters,
+            size,
+            replayed,
+            inconsistent: AtomicBool::new(sb.inconsistent),
+            flusher: Mutex::new(None),
+            stop: Arc::default(),
+        })
+    }
+
+    fn start_flusher(&self) -> Result<()> {
+        let (backing, stop) = (self.backing.clone(), self.stop.clone());
+        let t = std::thread::Builder::new()
+            .name("disk-flusher".into())
+            .spawn(move || {
+                let mut last = Instant::now();
+                while !stop.load(SeqCst) {
+                    let work = backing.wait_work(Duration::from_millis(200));
+                    let mut done = if work { backing.step(false) } else { Ok(false) };
+                    // A full sync must not turn into an fsync for every epoch.
+                    if done.is_ok() && last.elapsed() > Duration::from_millis(500) {
+                        done = backing.flush_direct();
+                        last = Instant::now();
+                    }
+                    if done.is_err() {
+                        // Said already where it happened, and kept: nothing more can be promised.
+                        break;
+                    }
+                }
+            })
+            .map_err(DiskError::io("starting the disk's flusher"))?;
+        *self.flusher.lock().unwrap_or_else(PoisonError::into_inner) = Some(t);
+        Ok(())
+    }
+
+    /// One round of what the background flusher does; for disks opened without one.
+    pub fn work(&self) -> Result<bool> {
+        Ok(self.backing.step(false)? | self.backing.flush_direct()?)
+    }
+
+    // ---- what it is
+
+    /// Its size, bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// How many 64 KiB blocks it has.
+    pub fn blocks(&self) -> u32 {
+        blocks_of(self.size)
+    }
+
+    /// Its mode.
+    pub fn mode(&self) -> Mode {
+        self.tracker.mode()
+    }
+
+    /// What the replay at open found.
+    pub fn replayed(&self) -> Replayed {
+        self.replayed
+    }
+
+    /// The superblock.
+    pub fn superblock(&self) -> Superblock {
+        self.tracker.meta().superblock()
+    }
+
+    /// Records which data this is, durably (at every take).
+    pub fn set_generation(&self, current: GenId, parent: GenId) -> Result<()> {
+        self.tracker.meta().update_superblock(|sb| {
+            sb.generation = current.0;
+            sb.parent = parent.0;
+        })
+    }
+
+    /// Counters since open.
+    pub fn counters(&self) -> Counters {
+        self.counters.read()
+    }
+
+    /// Why nothing is promised any more: an fsync or a metadata or journal write failed.
+    pub fn failed(&self) -> Option<String> {
+        self.tracker.failed().or_else(|| self.backing.failed())
+    }
+
+    // ---- guest IO
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(DiskError::OutOfRange {
+                offset,
+                len,
+                size: self.size,
+            }),
+        }
+    }
+
+    fn seen<T>(&self, r: Result<T>) -> Result<T> {
+        if r.is_err() {
+            add(&self.counters.errors, 1);
+        }
+        r
+    }
+
+    /// Reads; served in every mode.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let r = self.check_range(offset, buf.len() as u64).and_then(|()| {
+            self.backing
+                .read(offset, buf)
+                .map_err(DiskError::io("reading the disk"))
+        });
+        add(&self.counters.reads, 1);
+        add(&self.counters.read_bytes, buf.len() as u64);
+        self.seen(r)
+    }
+
+    /// Writes. The buffer is emptied where the epoch keeps it, and left alone otherwise.
+    pub fn write(&self, offset: u64, buf: &mut Vec<u8>, fua: bool) -> Result<()> {
+        let len = buf.len() as u64;
+        let r = self.check_range(offset, len).and_then(|()| {
+            if len == 0 {
+                return Ok(());
+            }
+            let t = self.tracker.begin(offset, len)?;
+            let done = self.backing.write(offset, buf);
+            let op = t
+                .keep_data
+                .then(|| WriteOp::Data(Bytes::from(std::mem::take(buf))));
+            self.tracker.end(t, done.is_ok(), op);
+            done?;
+            if fua { self.flush_store() } else { Ok(()) }
+        });
+        add(&self.counters.writes, 1);
+        add(&self.counters.write_bytes, len);
+        self.seen(r)
+    }
+
+    /// Makes a range read as zeroes; with `punch` it may become a hole (a trim, or zeroes without
+    /// NO_HOLE).
+    pub fn zero(&self, offset: u64, len: u64, punch: bool, fua: bool) -> Result<()> {
+        let r = self.check_range(offset, len).and_then(|()| {
+            if len == 0 {
+                return Ok(());
+            }
+            let t = self.tracker.begin(offset, len)?;
+            let done = self.backing.zero(offset, len, punch);
+            let op = t.keep_data.then_some(WriteOp::Zero(len));
+            self.tracker.end(t, done.is_ok(), op);
+            done?;
+            if fua { self.flush_store() } else { Ok(()) }
+        });
+        add(&self.counters.writes, 1);
+        add(&self.counters.write_bytes, len);
+        self.seen(r)
+    }
+
+    /// A guest's flush: what was written before it is durable here. Never waits for the standby.
+    pub fn flush(&self) -> Result<()> {
+        add(&self.counters.flushes, 1);
+        if self.mode() == Mode::Standby {
+            // Nothing of a guest's is here to be flushed; the journal has its own order.
+            return Ok(());
+        }
+        let r = self.flush_store();
+        self.seen(r)
+    }
+
+    fn flush_store(&self) -> Result<()> {
+        let g = self.tracker.flush_begins()?;
+        self.tracker.flush_ended(g, self.backing.flush())
+    }
+
+    /// The first range at or after `from`, before `end`, that may hold anything but zeroes.
+    pub fn next_data(&self, from: u64, end: u64) -> Result<Option<std::ops::Range<u64>>> {
+        if self.backing.covered(from, end) {
+            return Ok(Some(from..end));
+        }
+        self.backing
+            .store()
+            .next_data(from, end)
+            .map_err(DiskError::io("looking for holes"))
+    }
+
+    // ---- modes and epochs, primary
+
+    /// Standby (or freshly opened) -> solo: guest writes are taken and marked for the peer.
+    pub fn go_solo(&self) -> Result<()> {
+        self.backing.seal()?;
+        self.tracker.go_solo()
+    }
+
+    /// Solo -> tracking: every write from now on is in an epoch, the first being `first`.
+    pub fn begin_tracking(&self, stream: StreamId, first: EpochNo) -> Result<()> {
+        self.tracker.begin_tracking(stream, first)
+    }
+
+    /// Closes the open epoch and opens the next. To be called while the guest's vCPUs stand and
+    /// QEMU has drained; a write still in flight (another client's) goes into the next epoch.
+    /// [`DiskError::TrackingLost`]: more waited than the hard limit; the disk is solo, the blocks
+    /// are marked, the stream must be started anew.
+    pub fn barrier(&self) -> Result<EpochWrites> {
+        self.tracker.barrier()
+    }
+
+    /// The standby acked all epochs up to `n`.
+    pub fn acked(&self, n: EpochNo) {
+        self.tracker.acked(n);
+    }
+
+    /// The standby reported all epochs up to `n` durable.
+    pub fn peer_durable(&self, n: EpochNo) {
+        self.tracker.peer_durable(n);
+    }
+
+    /// Tracking -> solo: what is not durable at the peer is marked.
+    pub fn end_tracking(&self) -> Result<()> {
+        self.tracker.end_tracking()
+    }
+
+    /// More guest writes wait for the standby than the limit: close epochs faster, or throttle.
+    pub fn over_limit(&self) -> bool {
+        let (held, limit) = self.tracker.held();
+        held > limit
+    }
+
+    /// Bytes of guest writes held for the standby, in open and closed epochs.
+    pub fn held_bytes(&self) -> u64 {
+        self.tracker.held().0
+    }
+
+    // ---- standby
+
+    /// Solo or tracking -> standby. The marks stay: they are this side's part of the resync set.
+    /// Waits for writes in flight, and for the journal of an earlier promotion.
+    pub fn become_standby(&self) -> Result<()> {
+        self.tracker.become_standby();
+        self.flush_store()?;
+        self.backing.unseal()
+    }
+
+    fn standby(&self, op: &'static str) -> Result<()> {
+        match self.mode() {
+            Mode::Standby => Ok(()),
+            m => Err(DiskError::WrongMode {
+                op,
+                mode: m.to_string(),
+            }),
+        }
+    }
+
+    /// A stream begins; its first epoch is the one after `last`. What an older stream staged and
+    /// did not commit never happened.
+    pub fn begin_receiving(&self, stream: StreamId, last: EpochNo) -> Result<()> {
+        self.standby("begin_receiving")?;
+        self.backing.new_stream(stream, last)
+    }
+
+    /// Appends an epoch to the journal: it outlives this process, and is not visible yet. Waits
+    /// while the journal is full.
+    pub fn stage(&self, e: &Arc<EpochWrites>) -> Result<()> {
+        self.standby("stage")?;
+        self.backing.stage(e)
+    }
+
+    /// Makes staged epochs up to `n` the disk's content, all or (at a crash) none. With
+    /// [`Durability::Disk`] returns once they are durable.
+    pub fn commit(&self, n: EpochNo, durability: Durability) -> Result<()> {
+        self.standby("commit")?;
+        self.backing.commit(n, durability)
+    }
+
+    /// Stages and commits in one step.
+    pub fn commit_epochs(&self, epochs: &[Arc<EpochWrites>], d: Durability) -> Result<()> {
+        let Some(last) = epochs.last() else {
+            return Ok(());
+        };
+        epochs.iter().try_for_each(|e| self.stage(e))?;
+        self.commit(last.epoch, d)
+    }
+
+    /// Writes a not eligible epoch in place, without the journal. The disk is marked inconsistent
+    /// durably first.
+    pub fn commit_direct(&self, e: &EpochWrites) -> Result<()> {
+        self.standby("commit_direct")?;
+        self.mark_inconsistent()?;
+        self.backing.commit_direct(e)
+    }
+
+    /// The last epoch committed, and the last that a power failure here cannot take back.
+    pub fn progress(&self) -> (EpochNo, EpochNo) {
+        self.backing.progress()
+    }
+
+    /// The last epoch that a power failure here cannot take back.
+    pub fn durable_upto(&self) -> EpochNo {
+        self.progress().1
+    }
+
+    /// Stops committing; returns the last committed epoch. Costs one small journal record.
+    pub fn seal(&self) -> Result<EpochNo> {
+        self.standby("seal")?;
+        self.backing.seal()
+    }
+
+    /// Sealed standby -> solo, at once, whatever the backlog. Follow with
+    /// [`Disk::flush_after_promotion`].
+    pub fn promote(&self) -> Result<EpochNo> {
+        let n = self.seal()?;
+        self.tracker.go_solo()?;
+        Ok(n)
+    }
+
+    /// Makes all that was committed before the promotion durable in place. After it the record may
+    /// say `cold`. Takes as long as the backlog; the guest writes meanwhile.
+    pub fn flush_after_promotion(&self) -> Result<()> {
+        self.backing.settle()?;
+        self.flush_store()
+    }
+
+    /// Whether this copy is one consistent state (not in the middle of a sync).
+    pub fn is_consistent(&self) -> bool {
+        !self.inconsistent.load(SeqCst)
+    }
+
+    pub(crate) fn mark_inconsistent(&self) -> Result<()> {
+        if !self.inconsistent.load(SeqCst) {
+            self.tracker
+                .meta()
+                .update_superblock(|sb| sb.inconsistent = true)?;
+            self.inconsistent.store(true, SeqCst);
+        }
+        Ok(())
+    }
+
+    /// The sync is complete and the copy is the primary's state at an epoch: flushes, and says so
+    /// durably.
+    pub fn mark_consistent(&self) -> Result<()> {
+        if self.is_consistent() {
+            return Ok(());
+        }
+        self.backing.drain_or_sync()?;
+        self.tracker
+            .meta()
+            .update_superblock(|sb| sb.inconsistent = false)?;
+        self.inconsistent.store(false, SeqCst);
+        Ok(())
+    }
+
+    // ---- what differs
+
+    /// The blocks that may differ from the peer's and are in no epoch. The resync set is the union
+    /// of both sides' (rule 14).
+    pub fn out_of_sync(&self) -> BlockSet {
+        self.tracker.dirty()
+    }
+
+    /// The size of [`Disk::out_of_sync`], bytes.
+    pub fn out_of_sync_bytes(&self) -> u64 {
+        self.tracker.dirty_bytes()
+    }
+
+    /// Adds blocks (the peer's set, or all), durably.
+    pub fn mark_out_of_sync(&self, set: &BlockSet) -> Result<()> {
+        self.tracker.mark(set)
+    }
+
+    /// Primary: the standby has these blocks as they were in `epoch` (sent in it, or found equal).
+    /// They count as equal once that epoch is durable there.
+    pub fn synced(&self, blocks: &[u32], epoch: EpochNo) -> Result<()> {
+        self.tracker.synced(blocks, epoch)
+    }
+
+    /// Takes all marks off. Only where both copies are known to be equal *and durable*: on a
+    /// standby after a full resync whose last epoch is durable here, with the primary's flush
+    /// after promotion reported.
+    pub fn forget_differences(&self) -> Result<()> {
+        self.flush_store()?;
+        self.tracker.forget_differences()
+    }
+
+    /// Flushes, and shrinks the log and bitmap to what is really open. A few times a minute.
+    pub fn tidy(&self) -> Result<()> {
+        self.flush_store()?;
+        self.tracker.tidy()
+    }
+
+    /// A clean end: everything durable, the log empty, so that the next open knows exactly what
+    /// differs. No guest IO may come any more.
+    pub fn close(&self) -> Result<()> {
+        self.stop_flusher();
+        if self.mode() == Mode::Tracking {
+            self.tracker.end_tracking()?;
+        }
+        self.backing.drain_or_sync()?;
+        self.flush_store()?;
+        self.tracker.close()
+    }
+
+    fn stop_flusher(&self) {
+        self.stop.store(true, SeqCst);
+        self.backing.wake();
+        let t = self
+            .flusher
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(t) = t
+            && t.join().is_err()
+        {
+            tracing::error!("the disk's flusher panicked");
+        }
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.stop_flusher();
+    }
+}
