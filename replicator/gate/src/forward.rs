@@ -4,7 +4,7 @@
 //! state change waits for one batch at most and has taken full effect when it returns.
 
 use crate::counters::add;
-use crate::gate::Shared;
+use crate::pump::Shared;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};

@@ -7,89 +7,17 @@ use crate::fair::FairMutex;
 use crate::forward::Threads;
 use crate::iface::{Asker, IfName, has_master, silence};
 use crate::packet::{Got, Receiver, Sender, VNET_HDR};
+use crate::pump::{Input, Output, Shared};
 use crate::queue::{HeldQueue, SLOT};
 use crate::shortcut::Shortcut;
 use crate::shutter;
+use crate::spec::{Limits, NicSpec};
 use crate::tap::{self, Tap};
 use havm_core::ids::{EpochNo, StreamId, Term};
 use havm_wire::acked::AckedEpoch;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::sync::{Arc, Condvar, OnceLock};
-use std::time::{Duration, Instant};
-
-/// One NIC of a guest.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NicSpec {
-    /// The tap that QEMU opens by name; made where it is missing, and left behind.
-    pub guest_tap: String,
-    /// The tap in the bridge; lives as long as the [`Gate`].
-    pub bridge_tap: String,
-    /// The bridge, which must exist.
-    pub bridge: String,
-    /// The guest's address on this NIC.
-    pub mac: [u8; 6],
-    /// The user that may open the guest's tap beside root.
-    pub owner_uid: Option<u32>,
-    /// MTU of both taps, bytes.
-    pub mtu: u32,
-}
-
-impl NicSpec {
-    /// From the replicator's spec file.
-    ///
-    /// # Errors
-    /// [`GateError::Mac`] where the address is not six hexadecimal bytes.
-    pub fn from_spec(
-        nic: &havm_core::spec::NicSpec,
-        owner_uid: u32,
-        mtu: u32,
-    ) -> Result<NicSpec, GateError> {
-        Ok(NicSpec {
-            guest_tap: nic.guest_tap.clone(),
-            bridge_tap: nic.bridge_tap.clone(),
-            bridge: nic.bridge.clone(),
-            mac: parse_mac(&nic.mac).ok_or_else(|| GateError::Mac(nic.mac.clone()))?,
-            owner_uid: Some(owner_uid),
-            mtu,
-        })
-    }
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts
-            .next()
-            .filter(|p| p.len() == 2 && !p.starts_with('+'))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    parts.next().is_none().then_some(mac)
-}
-
-/// Bounds of one gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Memory for held frames, bytes; allocated at once, touched as needed. At least 256 KiB.
-    pub held_bytes: usize,
-    /// Held frames.
-    pub held_frames: usize,
-    /// Use virtio-net headers (offloads). Turn off only to measure.
-    pub vnet_hdr: bool,
-    /// Give input to the guest inside the kernel where it can. Turn off only to measure.
-    pub shortcut: bool,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits {
-            held_bytes: 16 << 20,
-            held_frames: 16384,
-            vnet_hdr: true,
-            shortcut: true,
-        }
-    }
-}
+use std::time::Duration;
 
 /// What a gate does with the guest's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,40 +55,6 @@ const RELEASE_CHUNK_BYTES: usize = 256 << 10;
 const BARRIER_FRAMES: usize = 512;
 /// How many frames waiting in the socket a `discard` drops at most (the socket holds fewer).
 const DISCARD_FRAMES: usize = 65536;
-
-type Waker = Box<dyn Fn() + Send + Sync>;
-
-/// Output: all of it changes under one lock, which the forwarder holds while it reads and writes.
-pub(crate) struct Output {
-    pub state: State,
-    pub queue: HeldQueue,
-    /// The queue was full when the forwarder last looked: it waits for a kick.
-    pub paused: bool,
-}
-
-/// Input.
-pub(crate) struct Input {
-    shortcut: Option<Shortcut>,
-    open: bool,
-    pub buf: Box<[u8]>,
-}
-
-pub(crate) struct Shared {
-    pub name: String,
-    pub output: FairMutex<Output>,
-    pub input: FairMutex<Input>,
-    /// Something is held in the open epoch.
-    waiting: Condvar,
-    waker: OnceLock<Waker>,
-    pub bridge: Tap,
-    pub receiver: Receiver,
-    pub sender: Sender,
-    /// Wakes the output forwarder.
-    pub kick: EventFd,
-    pub cells: Cells,
-    /// Bytes of the virtio-net header on both sides.
-    pub hdr_len: usize,
-}
 
 /// The gate of one NIC. Every method may be called from any thread; each has taken effect when it
 /// returns. Dropping it closes it and removes the bridge's tap; the guest's tap stays.
@@ -256,17 +150,17 @@ impl Gate {
     /// From now on output is held, tagged with the open epoch, at first `first`. Input flows. What is
     /// held already (of an earlier stream) waits for `first` too: its state is part of that epoch.
     pub fn hold(&self, stream: StreamId, term: Term, first: EpochNo) {
-        {
-            let mut out = self.shared.output.lock();
-            out.state = State::Holding {
-                term,
-                stream,
-                open: first,
-            };
-            out.queue.retag(first);
-        }
-        self.shared.kick();
+        let mut out = self.shared.output.lock();
+        out.state = State::Holding {
+            term,
+            stream,
+            open: first,
+        };
+        out.queue.retag(first);
+        self.shared.unpause(&mut out);
         self.shared.input.lock().set(true);
+        // What is held already wants a barrier.
+        self.shared.waiting.notify_all();
     }
 
     /// The vCPUs stand: what the guest has sent so far belongs to `closing`, what comes later to
@@ -321,32 +215,27 @@ impl Gate {
     /// Opens both directions (solo, by a permit). With `keep_held` what is held goes out first, in
     /// order: right for a primary's own output. Without, it is dropped. Says how many went out.
     pub fn pass(&self, keep_held: bool) -> usize {
-        let let_out = {
-            let mut out = self.shared.output.lock();
-            let mut n = 0;
-            if keep_held {
-                n = self.shared.let_out(&mut out, None, usize::MAX).0;
-            } else {
-                let dropped = out.queue.clear();
-                add(&self.shared.cells.discarded, dropped as u64);
-            }
-            out.state = State::Passing;
-            self.shared.unpause(&mut out);
-            n
-        };
+        let mut out = self.shared.output.lock();
+        let mut let_out = 0;
+        if keep_held {
+            let_out = self.shared.let_out(&mut out, None, usize::MAX).0;
+        } else {
+            let dropped = out.queue.clear();
+            add(&self.shared.cells.discarded, dropped as u64);
+        }
+        out.state = State::Passing;
+        self.shared.unpause(&mut out);
         self.shared.input.lock().set(true);
         let_out
     }
 
     /// Closes both directions. When it returns, nothing more gets out; a frame on its way to the
-    /// guest inside the kernel may still take some microseconds. What is held stays held,
-    /// until `hold`, `pass` or `discard` decides.
+    /// guest inside the kernel may still take some microseconds. What is held stays held, until
+    /// `hold`, `pass` or `discard` decides.
     pub fn close(&self) {
-        {
-            let mut out = self.shared.output.lock();
-            out.state = State::Closed;
-            self.shared.unpause(&mut out);
-        }
+        let mut out = self.shared.output.lock();
+        out.state = State::Closed;
+        self.shared.unpause(&mut out);
         self.shared.input.lock().set(false);
     }
 
@@ -458,136 +347,5 @@ impl Drop for Gate {
     fn drop(&mut self) {
         self.close();
         drop(self.threads.take());
-    }
-}
-
-impl Input {
-    fn set(&mut self, open: bool) {
-        self.open = open;
-        if let Some(s) = &self.shortcut {
-            s.set(open);
-        }
-    }
-
-    /// Whether frames may be given to the guest.
-    pub fn is_open(&self) -> bool {
-        self.open
-    }
-}
-
-impl Output {
-    /// Something is held that no closed epoch will let out.
-    fn wants_barrier(&self) -> bool {
-        match (self.state, self.queue.back()) {
-            (State::Holding { open, .. }, Some(newest)) => newest.epoch >= open,
-            _ => false,
-        }
-    }
-}
-
-impl Shared {
-    /// Wakes the output forwarder.
-    pub fn kick(&self) {
-        // It can fail only when the counter is at its end, and then the forwarder wakes anyway.
-        let _ = self.kick.write(1);
-    }
-
-    fn unpause(&self, out: &mut Output) {
-        if std::mem::take(&mut out.paused) {
-            self.kick();
-        }
-    }
-
-    fn write_out(&self, frame: &[u8]) {
-        match self.bridge.write(frame) {
-            Ok(()) => {
-                add(&self.cells.out_frames, 1);
-                add(&self.cells.out_bytes, (frame.len() - self.hdr_len) as u64);
-            }
-            Err(_) => add(&self.cells.out_failed, 1),
-        }
-    }
-
-    /// Writes held frames up to epoch `upto` (all where none), about `max_bytes` at most. Says how
-    /// many, and whether more are due.
-    fn let_out(&self, out: &mut Output, upto: Option<EpochNo>, max_bytes: usize) -> (usize, bool) {
-        let (mut frames, mut bytes) = (0, 0);
-        while let Some((meta, data)) = out.queue.front() {
-            if upto.is_some_and(|n| meta.epoch > n) {
-                break;
-            }
-            if bytes >= max_bytes {
-                return (frames, true);
-            }
-            self.write_out(data);
-            bytes += data.len();
-            frames += 1;
-            out.queue.pop();
-        }
-        add(&self.cells.released_frames, frames as u64);
-        (frames, false)
-    }
-
-    /// Reads what the guest sent, `max` frames at most, and does with it what the state says.
-    /// Returns false where nothing was left to read.
-    pub fn pump(&self, out: &mut Output, max: usize) -> bool {
-        let now = Instant::now();
-        for _ in 0..max {
-            let Some(slot) = out.queue.slot() else {
-                out.paused = true;
-                return false;
-            };
-            let (start, len) = match self.receiver.receive(slot) {
-                Ok(Got::Frame { start, len }) => (start, len),
-                Ok(Got::Unusable) => {
-                    add(&self.cells.unusable, 1);
-                    continue;
-                }
-                Ok(Got::Nothing) => return false,
-                Err(e) => {
-                    // The interface went down: it says so once, and works again when it is up.
-                    tracing::warn!(gate = %self.name, %e, "reading the guest's tap");
-                    return false;
-                }
-            };
-            match out.state {
-                State::Closed => add(&self.cells.closed_dropped, 1),
-                State::Passing => self.write_out(&slot[start..start + len]),
-                State::Holding { open, .. } => {
-                    let first = !out.wants_barrier();
-                    out.queue.commit(start, len, open, now);
-                    add(&self.cells.held_frames, 1);
-                    if first {
-                        self.waiting.notify_all();
-                        if let Some(wake) = self.waker.get() {
-                            wake();
-                        }
-                    }
-                }
-            }
-        }
-        true
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_mac;
-
-    #[test]
-    fn addresses() {
-        assert_eq!(
-            parse_mac("52:54:00:ab:CD:01"),
-            Some([0x52, 0x54, 0, 0xab, 0xcd, 1])
-        );
-        for bad in [
-            "",
-            "52:54:00:ab:cd",
-            "52:54:00:ab:cd:01:02",
-            "52:54:00:ab:cd:0g",
-            "+1:2",
-        ] {
-            assert_eq!(parse_mac(bad), None, "{bad}");
-        }
     }
 }

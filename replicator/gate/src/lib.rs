@@ -41,13 +41,16 @@ mod forward;
 mod gate;
 mod iface;
 mod packet;
+mod pump;
 mod queue;
 mod shortcut;
 mod shutter;
+mod spec;
 mod tap;
 mod vlan;
 
 pub use counters::Counters;
 pub use error::GateError;
-pub use gate::{Gate, Held, Limits, NicSpec, State};
+pub use gate::{Gate, Held, State};
+pub use spec::{Limits, NicSpec};
 pub use tap::remove_guest_tap;
