@@ -2,6 +2,7 @@
 
 mod detach;
 
+pub mod beats;
 pub mod cli;
 pub mod control;
 pub mod driver;
