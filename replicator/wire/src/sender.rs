@@ -96,6 +96,16 @@ impl StripeSender {
     pub fn has_room(&self, bytes: usize) -> bool {
         self.slots.is_empty() || self.bytes.saturating_add(bytes) <= self.window_bytes
     }
+    /// The window from now on: the smaller of both sides' bounds, once the peer told its own.
+    pub fn set_window(&mut self, bytes: usize) {
+        self.window_bytes = bytes;
+    }
+    /// A link with nothing else to do would get something now.
+    pub fn has_next(&self, link: LinkIndex, now_us: u64) -> bool {
+        self.first_unsent < self.next_seq()
+            || !self.again.is_empty()
+            || self.late(now_us, |on| on != link).is_some()
+    }
     /// Bytes that are not consumed yet.
     pub fn held_bytes(&self) -> usize {
         self.bytes
@@ -275,6 +285,12 @@ impl Repeater {
         self.bytes += bytes;
         self.frames.push_back(frame);
         Ok(self.first_seq + self.frames.len() as u64 - 1)
+    }
+
+    /// [`Repeater::next`] has something for `link`.
+    pub fn has_next(&self, link: LinkIndex) -> bool {
+        let end = self.first_seq + self.frames.len() as u64;
+        self.cursors.get(link).is_some_and(|c| *c < end)
     }
 
     /// The frame that `link` should send now.

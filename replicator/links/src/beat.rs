@@ -1,0 +1,170 @@
+//! Signs of life, and the lack of them.
+//!
+//! A thread of its own, run before normal threads where the system allows it: the thread that
+//! beats must not be the thread that works, or load looks like death. It
+//! - sends a sign of life over each link that is idle,
+//! - reports silence when *no* link was heard for `silent_after`, and life when one is heard again,
+//! - ends a link that alone was silent for `link_dead_after`,
+//! - rings the links when a frame is late on another.
+//!
+//! ```text
+//!   unknown ──first link up──> alive <──────heard──────┐
+//!                                └──nothing heard──> silent
+//! ```
+//! When this thread itself woke up late, this host stood still: the peer may have spoken all the
+//! while, so silence is counted anew from then on.
+
+use crate::link::{Link, now_us};
+use crate::sys;
+use havm_wire::hello::Position;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Timers of a stream's links.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timers {
+    /// An idle link gives a sign of life this often.
+    pub beat_every: Duration,
+    /// Nothing heard over any link for this long is silence.
+    pub silent_after: Duration,
+    /// A link that was not heard for this long is given up and connected anew.
+    pub link_dead_after: Duration,
+    /// A frame not received for this long is also sent over an idle link.
+    pub late_after: Duration,
+    /// For connecting and for the handshake.
+    pub connect_timeout: Duration,
+}
+
+impl Default for Timers {
+    fn default() -> Self {
+        Timers {
+            beat_every: Duration::from_millis(20),
+            silent_after: Duration::from_millis(150),
+            link_dead_after: Duration::from_millis(400),
+            late_after: Duration::from_millis(20),
+            connect_timeout: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Timers {
+    /// The default, made for another time of silence.
+    pub fn for_silence(silent_after: Duration) -> Self {
+        let d = Timers::default();
+        Timers {
+            beat_every: d
+                .beat_every
+                .min(silent_after / 5)
+                .max(Duration::from_millis(1)),
+            silent_after,
+            link_dead_after: d.link_dead_after.max(silent_after * 2),
+            ..d
+        }
+    }
+}
+
+/// What the beat thread needs from the stream.
+pub(crate) trait Beating: Send + Sync {
+    /// The links that are up.
+    fn links(&self) -> Vec<Arc<Link>>;
+    fn position(&self) -> Position;
+    /// When a frame is late that another link could carry as well.
+    fn late_at_us(&self) -> Option<u64>;
+    fn ring_all(&self);
+    fn silent(&self, silent: bool);
+}
+
+/// Stops a beat thread.
+#[derive(Default)]
+pub(crate) struct Stop {
+    stopped: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Stop {
+    pub fn stop(&self) {
+        *crate::link::lock(&self.stopped) = true;
+        self.changed.notify_all();
+    }
+
+    /// Sleeps; true when it is over.
+    pub fn sleep(&self, how_long: Duration) -> bool {
+        let stopped = crate::link::lock(&self.stopped);
+        let (stopped, _) = self
+            .changed
+            .wait_timeout_while(stopped, how_long, |s| !*s)
+            .unwrap_or_else(PoisonError::into_inner);
+        *stopped
+    }
+}
+
+/// The thread: until stopped.
+pub(crate) fn run(side: &dyn Beating, timers: &Timers, stop: &Stop) {
+    if let Err(e) = sys::run_first(2) {
+        tracing::debug!("the beat thread runs with normal priority: {e}");
+    }
+    let us = |d: Duration| d.as_micros() as u64;
+    let (every, silent_after) = (us(timers.beat_every), us(timers.silent_after));
+    let dead_after = us(timers.link_dead_after);
+    // Alive: Some(when something was heard last). Silent or unknown: none.
+    let mut alive: Option<u64> = None;
+    // Nothing older counts as silence: set when this thread was late.
+    let mut grace_from = now_us();
+    let mut wanted = now_us();
+    loop {
+        let now = now_us();
+        if now.saturating_sub(wanted) > silent_after / 2 {
+            grace_from = now;
+        }
+        let links = side.links();
+        let mut next = now + every;
+        if !links.is_empty() {
+            let position = side.position();
+            for link in &links {
+                if link.beat_due_us(every) <= now {
+                    link.beat(position);
+                }
+                next = next.min(link.beat_due_us(every));
+            }
+        }
+        let heard = links
+            .iter()
+            .map(|l| l.heard_us(now.saturating_sub(silent_after)))
+            .max();
+        if let Some(h) = heard.filter(|h| h + silent_after > now) {
+            if alive.is_none() {
+                side.silent(false);
+            }
+            alive = Some(h);
+        }
+        if let Some(last) = alive {
+            let since = last.max(grace_from);
+            if since + silent_after <= now {
+                side.silent(true);
+                alive = None;
+            } else {
+                next = next.min(since + silent_after);
+            }
+        }
+        for link in &links {
+            let since = link
+                .heard_us(now.saturating_sub(dead_after))
+                .max(grace_from);
+            if since + dead_after <= now {
+                link.close(&format!("nothing heard for {} ms", dead_after / 1000));
+            }
+        }
+        if let Some(late) = side.late_at_us() {
+            if late <= now {
+                side.ring_all();
+                next = next.min(now + us(timers.late_after) / 2);
+            } else {
+                next = next.min(late);
+            }
+        }
+        wanted = next.max(now + 500);
+        if stop.sleep(Duration::from_micros(wanted - now)) {
+            return;
+        }
+    }
+}
