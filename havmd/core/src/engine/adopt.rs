@@ -66,8 +66,14 @@ impl Engine {
                 Stream::Silent
             };
         }
-        if self.mode().is_some() {
+        if let Some(mode) = self.mode() {
             self.attach = Attach::Done;
+            // Promoted before this daemon started.
+            let waits = matches!(mode, Mode::Waiting | Mode::Receiving | Mode::Eligible | Mode::Sealed);
+            self.waiting &= waits || mode == Mode::Idle;
+        } else if primary && self.life.is_some() {
+            // Taken for promoted; were it not, it could not be attached as a primary.
+            self.waiting = false;
         }
         if primary && self.life.is_none() && ended_on_purpose && rec.intent == Intent::Run {
             self.change(|r| r.intent = Intent::Stopped);
@@ -158,10 +164,6 @@ impl Engine {
             }
             // A handover's taker that was not promoted yet: the repeated Hand names the ports.
             Some(Mode::Eligible | Mode::Sealed) if self.waiting => {}
-            None if self.waiting => {
-                self.drop_copy();
-                self.recover();
-            }
             _ => {
                 self.order(Order::CloseGate { term });
                 self.link = Link::Broken;
