@@ -65,6 +65,8 @@ pub(crate) struct Conn {
     sock: TcpStream,
     splitter: Splitter,
     small: Vec<u8>,
+    /// Frames that came with the answer to the handshake.
+    early: Vec<RawFrame>,
     /// All bytes given to the socket.
     pub sent_bytes: u64,
 }
@@ -92,6 +94,7 @@ impl Conn {
             sock,
             splitter: Splitter::default(),
             small: Vec::with_capacity(RECORD_BYTES),
+            early: Vec::new(),
             sent_bytes: 0,
         })
     }
@@ -128,24 +131,23 @@ impl Conn {
         Ok(())
     }
 
-    /// Waits for one link's own frame; anything behind it stays for [`Conn::read`].
+    /// Waits for one link's own frame; what came right behind it is for [`Conn::take_early`].
     pub fn hear(&mut self, deadline: Instant) -> Result<LinkFrame, LinkError> {
         loop {
             let mut frames = Vec::new();
-            // One frame at most is sent by either side before it hears an answer.
             self.drain(&mut frames)?;
-            match frames.len() {
-                0 => {}
-                1 => return Ok(LinkFrame::decode(&frames[0])?),
-                _ => {
-                    return Err(LinkError::StreamBroken(
-                        "frames before the handshake".into(),
-                    ));
-                }
+            if !frames.is_empty() {
+                self.early = frames.split_off(1);
+                return Ok(LinkFrame::decode(&frames[0])?);
             }
             self.wait(deadline)?;
             self.fill()?;
         }
+    }
+
+    /// Frames that came with the last one heard.
+    pub fn take_early(&mut self) -> Vec<RawFrame> {
+        std::mem::take(&mut self.early)
     }
 
     fn wait(&self, deadline: Instant) -> Result<(), LinkError> {

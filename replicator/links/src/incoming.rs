@@ -227,7 +227,10 @@ impl Incoming {
             // No randomness: the system is broken; the peer tries again.
             return false;
         };
-        state.end_session("replaced by a new stream");
+        if let Some(old) = state.session.as_ref().map(|s| s.hello.stream) {
+            state.remember_refused(old, "replaced by a newer stream");
+        }
+        state.end_session("replaced by a newer stream");
         state.session = Some(Session {
             hello,
             id,

@@ -204,6 +204,8 @@ impl Link {
     fn work(&self, side: &dyn Side) -> Result<std::convert::Infallible, LinkError> {
         let mut told = Position::default();
         let mut tell = true;
+        let early = lock(&self.conn).take_early();
+        side.deliver(self.index, self.gen_id, early)?;
         loop {
             let blocked = self.send(side, &mut told, tell)?;
             tell = false;
