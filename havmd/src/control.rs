@@ -69,8 +69,6 @@ pub enum Request {
         /// Go on as they come.
         follow: bool,
     },
-    /// What this host lacks.
-    Check,
 }
 
 /// What an operator may ask of an engine.

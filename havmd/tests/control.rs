@@ -36,7 +36,7 @@ fn answering() -> Handler {
             match request {
                 Request::Status => answers.done(&7).await,
                 // A handler that dies without an end.
-                Request::Check => {}
+                Request::Unprotect { .. } => {}
                 _ => answers.not_safe("not now").await,
             }
         });
@@ -90,7 +90,12 @@ fn every_request_has_one_end() {
             not_safe: true
         }
     );
-    let Answer::Failed { text, .. } = &all(&path, &Request::Check)[1] else {
+    let Answer::Failed { text, .. } = &all(
+        &path,
+        &Request::Unprotect {
+            guest: "web".parse().expect("name"),
+        },
+    )[1] else {
         panic!("no failure")
     };
     assert!(text.contains("log"), "{text}");

@@ -48,6 +48,19 @@ pub enum LibvirtError {
     Ended,
 }
 
+impl LibvirtError {
+    /// There is no such domain.
+    pub fn no_domain(&self) -> bool {
+        matches!(
+            self,
+            LibvirtError::Call {
+                no_domain: true,
+                ..
+            }
+        )
+    }
+}
+
 /// How a domain is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DomState {
@@ -211,8 +224,8 @@ impl Libvirt {
             })
             .await?;
         Ok(Host {
-            machine_aliases: machine_aliases(&caps),
             network_bridges: nets.into_iter().collect(),
+            ..read_host(&caps)
         })
     }
 
@@ -281,20 +294,37 @@ impl<I> Purpose for virt::enumutil::Enum<DomainStateReason, I> {
     }
 }
 
-/// Aliases of machine types for x86_64, from libvirt's capabilities.
-fn machine_aliases(caps: &str) -> std::collections::BTreeMap<String, String> {
-    let mut out = std::collections::BTreeMap::new();
+/// What libvirt's capabilities say: machine types for x86_64, and whom QEMU runs as.
+fn read_host(caps: &str) -> Host {
+    let mut out = Host::default();
     let Ok(caps) = Element::parse(caps) else {
         return out;
     };
+    // `+64055:+994` of the model `dac`: whom QEMU runs as.
+    let labels = caps
+        .at(&["host"])
+        .into_iter()
+        .flat_map(|h| h.all("secmodel"))
+        .filter(|m| m.get("model").is_some_and(|n| n.text == "dac"))
+        .flat_map(|m| m.all("baselabel"));
+    for label in labels {
+        let mut n = label
+            .text
+            .split(':')
+            .map(|s| s.trim_start_matches('+').parse().ok());
+        if let (Some(Some(u)), Some(Some(g))) = (n.next(), n.next()) {
+            out.qemu_ids = (u, g);
+        }
+    }
     for arch in caps
         .all("guest")
         .filter_map(|g| g.get("arch"))
         .filter(|a| a.attr("name") == Some("x86_64"))
     {
         for m in arch.all("machine") {
+            out.machines.insert(m.text.clone());
             if let Some(full) = m.attr("canonical") {
-                out.insert(m.text.clone(), full.to_owned());
+                out.machine_aliases.insert(m.text.clone(), full.to_owned());
             }
         }
     }

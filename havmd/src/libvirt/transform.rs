@@ -11,7 +11,7 @@ use super::refuse::{Found, Refusals, check};
 use super::tree::Element;
 use havm_core::ids::GuestName;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The namespace of libvirt's QEMU passthrough.
@@ -26,8 +26,19 @@ const CHARDEV: &str = "havm-qmp";
 pub struct Host {
     /// Machine type aliases and what they stand for: `q35` -> `pc-q35-10.0`.
     pub machine_aliases: BTreeMap<String, String>,
+    /// Every machine type and alias that this host's QEMU has.
+    pub machines: BTreeSet<String>,
     /// The bridge of each libvirt network.
     pub network_bridges: BTreeMap<String, String>,
+    /// The user and group that QEMU runs as.
+    pub qemu_ids: (u32, u32),
+}
+
+impl Host {
+    /// Whether a guest of this versioned type can run here.
+    pub fn knows_machine(&self, full: &str) -> bool {
+        self.machines.contains(full) || self.machine_aliases.values().any(|v| v == full)
+    }
 }
 
 /// A disk of the original.
