@@ -68,6 +68,8 @@ pub(crate) trait Beating: Send + Sync {
     /// The links that are up.
     fn links(&self) -> Vec<Arc<Link>>;
     fn position(&self) -> Position;
+    /// When a link came up or was heard that is gone by now, microseconds; 0 for never.
+    fn heard_before_us(&self) -> u64;
     /// When a frame is late that another link could carry as well.
     fn late_at_us(&self) -> Option<u64>;
     fn ring_all(&self);
@@ -127,11 +129,15 @@ pub(crate) fn run(side: &dyn Beating, timers: &Timers, stop: &Stop) {
                 next = next.min(link.beat_due_us(every));
             }
         }
-        let heard = links
+        let before = Some(side.heard_before_us()).filter(|h| *h > 0);
+        let links_heard = links
             .iter()
-            .map(|l| l.heard_us(now.saturating_sub(silent_after)))
-            .max();
-        if let Some(h) = heard.filter(|h| h + silent_after > now) {
+            .map(|l| l.heard_us(now.saturating_sub(silent_after)));
+        if let Some(h) = links_heard
+            .max()
+            .max(before)
+            .filter(|h| h + silent_after > now)
+        {
             if alive.is_none() {
                 side.silent(false);
             }

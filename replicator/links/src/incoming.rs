@@ -25,7 +25,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -148,6 +148,8 @@ struct Hub {
     closed: AtomicBool,
     stop: Stop,
     tell: AtomicBool,
+    /// See [`Beating::heard_before_us`].
+    heard_us: AtomicU64,
     strangers: AtomicUsize,
     counters: Vec<Arc<Counters>>,
 }
@@ -184,6 +186,7 @@ impl Incoming {
             closed: AtomicBool::new(false),
             stop: Stop::default(),
             tell: AtomicBool::new(false),
+            heard_us: AtomicU64::new(0),
             strangers: AtomicUsize::new(0),
             counters: (0..n).map(|_| Arc::default()).collect(),
             spec,
@@ -445,6 +448,7 @@ impl Hub {
             }
         };
         let why = link.run(self);
+        self.heard_us.fetch_max(link.last_heard_us(), SeqCst);
         let mut state = lock(&self.state);
         if !state.is_current(index, link.gen_id) {
             return;
@@ -504,6 +508,7 @@ impl Hub {
         if let Some(old) = state.links[index].replace(link.clone()) {
             old.close("replaced by a new connection of the peer");
         }
+        self.heard_us.fetch_max(now_us(), SeqCst);
         state.event(In::LinkUp(index));
         self.news.notify_all();
         Ok(link)
@@ -632,6 +637,9 @@ impl Beating for Hub {
     }
     fn position(&self) -> Position {
         lock(&self.state).position()
+    }
+    fn heard_before_us(&self) -> u64 {
+        self.heard_us.load(SeqCst)
     }
     fn late_at_us(&self) -> Option<u64> {
         // What goes back goes over every link anyway.

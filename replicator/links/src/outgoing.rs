@@ -25,7 +25,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,8 @@ const UNWELCOMED_BYTES: usize = 64 << 10;
 const BACK_WINDOW_BYTES: usize = 16 << 20;
 /// Events other than messages that wait for their consumer; beyond, the oldest are dropped.
 const MAX_EVENTS: usize = 1024;
+/// Different reasons told while a link cannot be connected.
+const MAX_TOLD: usize = 8;
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_LAST: Duration = Duration::from_millis(500);
 
@@ -107,6 +109,8 @@ struct Hub {
     closed: AtomicBool,
     stop: Stop,
     tell: AtomicBool,
+    /// See [`Beating::heard_before_us`].
+    heard_us: AtomicU64,
     counters: Vec<Arc<Counters>>,
 }
 
@@ -155,6 +159,7 @@ impl Outgoing {
             closed: AtomicBool::new(false),
             stop: Stop::default(),
             tell: AtomicBool::new(false),
+            heard_us: AtomicU64::new(0),
             counters: (0..n).map(|_| Arc::default()).collect(),
             spec,
         });
@@ -340,7 +345,8 @@ impl Hub {
     /// A link's thread.
     fn keep_link(&self, index: usize) {
         let mut backoff = BACKOFF_FIRST;
-        let mut told = String::new();
+        // Reasons told since the link was up last.
+        let mut told: Vec<String> = Vec::new();
         while !self.is_over() {
             match self.connect_link(index) {
                 Ok(link) => {
@@ -360,10 +366,11 @@ impl Hub {
                         self.break_stream(&mut state, why.clone());
                     }
                     let text = why.to_string();
-                    if text != told && !self.closed.load(SeqCst) {
+                    let is_new = told.len() < MAX_TOLD && !told.contains(&text);
+                    if is_new && !self.closed.load(SeqCst) {
                         state.event(OutEvent::LinkDown(index, text.clone()));
                         self.news.notify_all();
-                        told = text;
+                        told.push(text);
                     }
                     drop(state);
                     if self.stop.sleep(backoff) {
@@ -437,6 +444,7 @@ impl Hub {
         let window = usize::try_from(window).unwrap_or(usize::MAX);
         state.tx.set_window(self.spec.window_bytes.min(window));
         state.links[index] = Some(link.clone());
+        self.heard_us.fetch_max(now_us(), SeqCst);
         state.event(OutEvent::LinkUp(index));
         drop(state);
         self.room.notify_all();
@@ -446,7 +454,9 @@ impl Hub {
 
     fn link_down(&self, index: usize, why: &LinkError) {
         let mut state = lock(&self.state);
-        state.links[index] = None;
+        if let Some(link) = state.links[index].take() {
+            self.heard_us.fetch_max(link.last_heard_us(), SeqCst);
+        }
         state.tx.link_down(index);
         if let LinkError::StreamBroken(why) = why {
             self.break_stream(&mut state, why.clone());
@@ -519,6 +529,9 @@ impl Beating for Hub {
     }
     fn position(&self) -> Position {
         lock(&self.state).rx.position()
+    }
+    fn heard_before_us(&self) -> u64 {
+        self.heard_us.load(SeqCst)
     }
     fn late_at_us(&self) -> Option<u64> {
         let state = lock(&self.state);

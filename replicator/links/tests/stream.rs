@@ -354,10 +354,10 @@ fn a_stream_that_the_owner_refuses_is_refused_and_a_new_one_replaces_the_old() {
     assert_eq!(broken(&second), "not now, not ever");
     drop(second);
     let third = connect(&p.a, &p.b, &ports, hello(3));
-    for i in 0..10 {
-        third.send(numbered(i), LONG).unwrap();
-    }
-    receive(&p.incoming, 10);
+    std::thread::scope(|s| {
+        s.spawn(|| receive(&p.incoming, 10));
+        (0..10).for_each(|i| third.send(numbered(i), LONG).unwrap());
+    });
     // The replaced one is told so when it comes back.
     drop(p.out);
 }
