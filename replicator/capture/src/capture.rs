@@ -17,14 +17,15 @@ use crate::error::CaptureError;
 use crate::mapping::RamFile;
 use crate::page_set::{PageRange, PageSet};
 use crate::pagemap::Pagemap;
-use crate::pool::Pool;
+use crate::pool::{Latecomer, Pool};
 use crate::probe::probe;
 use crate::refuse;
 use crate::scan::Scanner;
 use crate::uffd::{self, Uffd};
 use havm_qmp::{EventKind, Qmp};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use std::os::fd::{AsFd, OwnedFd};
+use nix::sys::eventfd::EventFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 /// More scan threads bring nothing: the walk is bound by memory.
@@ -69,9 +70,21 @@ pub struct Pause {
     pub was_running: bool,
 }
 
+/// Settings of a capture; `None` chooses what suits host and guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Threads that scan and copy in a pause, the caller's included.
+    pub workers: Option<usize>,
+    /// Walk without protecting first, then protect around what was found. Right for KVM, whose second-level
+    /// tables would be dropped for all that is walked with protecting.
+    pub look_first: Option<bool>,
+}
+
 /// A block with what we know of its pages.
 struct Tracked {
     file: Option<RamFile>,
+    /// What the file held when its untouched pieces were last looked for.
+    held: Option<u64>,
     /// Dirty whatever the kernel says.
     forced: Bits,
     /// Held by the RAM file for certain (always so for private blocks): no need to ask for holes.
@@ -87,6 +100,9 @@ pub struct Capture {
     tracked: Vec<Tracked>,
     scanner: Scanner,
     pool: Pool,
+    scan_over: EventFd,
+    /// Each processor has a worker: the last one waits for QEMU's save.
+    crowded: bool,
     state: DeviceState,
     /// Nothing was protected since everything was marked dirty.
     protect_first: bool,
@@ -106,15 +122,14 @@ impl Capture {
     /// [`CaptureError::Refused`] with every reason found; [`CaptureError::Kernel`];
     /// [`CaptureError::Trace`] where ptrace is not allowed.
     pub fn attach(qmp: &mut Qmp) -> Result<Capture, CaptureError> {
-        let cpus = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Capture::attach_with(qmp, cpus.min(MAX_WORKERS))
+        Capture::attach_with(qmp, Options::default())
     }
 
-    /// [`Capture::attach`] with so many threads for the scan in a pause.
+    /// [`Capture::attach`] with settings other than the usual ones.
     ///
     /// # Errors
     /// As [`Capture::attach`].
-    pub fn attach_with(qmp: &mut Qmp, workers: usize) -> Result<Capture, CaptureError> {
+    pub fn attach_with(qmp: &mut Qmp, options: Options) -> Result<Capture, CaptureError> {
         probe()?;
         let pid = qmp.peer_pid();
         let system = |what| move |source| CaptureError::System { what, source };
@@ -140,22 +155,28 @@ impl Capture {
                     None => None,
                 };
                 let known = Bits::new(block.pages(), file.is_none());
+                let forced = Bits::new(block.pages(), false);
                 Ok(Tracked {
                     file,
-                    forced: Bits::new(block.pages(), false),
+                    held: None,
+                    forced,
                     known,
                 })
             })
             .collect::<Result<Vec<_>, CaptureError>>()?;
         let pagemap = Pagemap::open(pid).map_err(system("open QEMU's page map"))?;
-        let workers = workers.max(1);
+        let workers = options.workers.unwrap_or(cpus().min(MAX_WORKERS)).max(1);
+        let gentle = options.look_first.unwrap_or_else(|| refuse::uses_kvm(pid));
         let mut capture = Capture {
             pid,
             pidfd,
             uffd,
             tracked,
-            scanner: Scanner::new(pagemap, workers, refuse::uses_kvm(pid)),
+            scanner: Scanner::new(pagemap, workers, gentle),
             pool: Pool::new(workers).map_err(system("start the scan threads"))?,
+            scan_over: Latecomer::event()
+                .map_err(|e| system("make an event descriptor")(e.into()))?,
+            crowded: workers >= cpus(),
             state: DeviceState::new(qmp)?,
             protect_first: true,
             ranges: Vec::with_capacity(16 * 1024),
@@ -273,7 +294,7 @@ impl Capture {
         out: &mut PageSet,
         max_pages: usize,
     ) -> Result<Collected, CaptureError> {
-        let result = self.gather(out, max_pages, 1);
+        let result = self.gather(out, max_pages, 1, None);
         if result.is_err() {
             self.put_back(out);
             out.clear();
@@ -350,7 +371,8 @@ impl Capture {
                 let mark = Instant::now();
                 barrier();
                 pause.barrier_us = us(mark);
-                let collected = self.gather(out, usize::MAX, self.pool.workers());
+                let collected =
+                    self.gather(out, usize::MAX, self.pool.workers(), Some(qmp.as_fd()));
                 let mark = Instant::now();
                 let saved = qmp.wait(save);
                 pause.state_us = us(mark);
@@ -400,11 +422,14 @@ impl Capture {
         out: &mut PageSet,
         max_pages: usize,
         workers: usize,
+        reply: Option<BorrowedFd<'_>>,
     ) -> Result<Collected, CaptureError> {
         let clock = Instant::now();
+        let reply = reply.filter(|_| self.crowded);
         if self.protect_first {
             self.protect_all()?;
         }
+        self.find_untouched();
         self.shape_set(out);
         self.ranges.clear();
         let mut left = max_pages as u64;
@@ -415,8 +440,9 @@ impl Capture {
         more |= left == 0;
         if !more {
             let result = if max_pages == usize::MAX {
+                let late = Latecomer::new(reply, &self.scan_over);
                 self.scanner
-                    .all(&self.pool, workers, &mut self.ranges)
+                    .all(&self.pool, workers, &late, &mut self.ranges)
                     .map(|()| false)
             } else {
                 self.scanner.some(left, &mut self.ranges)
@@ -426,7 +452,7 @@ impl Capture {
         let scan_us = us(clock);
         let mark = Instant::now();
         let copied = match scanned {
-            Ok(()) => self.copy(out, first_scanned, workers),
+            Ok(()) => self.copy(out, first_scanned, workers, reply),
             Err(source) => Err(CaptureError::System {
                 what: "scan QEMU's page map",
                 source,
@@ -495,6 +521,7 @@ impl Capture {
         out: &mut PageSet,
         first_scanned: usize,
         workers: usize,
+        reply: Option<BorrowedFd<'_>>,
     ) -> Result<usize, CaptureError> {
         self.copies.clear();
         out.begin_round();
@@ -533,9 +560,10 @@ impl Capture {
                 left -= hole + data;
             }
         }
+        let late = Latecomer::new(reply, &self.scan_over);
         // SAFETY: the sources lie in `RamFile` mappings of whole blocks, which `self` holds; the
         // destinations are slots of `out`, borrowed for us alone, each handed out once in this round.
-        unsafe { self.copies.run(self.pid, &self.pool, workers) }.map_err(|source| {
+        unsafe { self.copies.run(self.pid, &self.pool, workers, &late) }.map_err(|source| {
             CaptureError::System {
                 what: "copy guest memory",
                 source,
@@ -555,7 +583,27 @@ impl Capture {
         Ok(())
     }
 
+    /// Finds the pieces that the RAM file has no page of, so that they need no scan. With the guest running
+    /// a piece may be touched right after: the next scan then sees it.
+    fn find_untouched(&mut self) {
+        for (index, tracked) in self.tracked.iter_mut().enumerate() {
+            let Some(file) = &tracked.file else { continue };
+            let held = file.held();
+            if held == tracked.held {
+                continue;
+            }
+            let all = tracked.held.is_none();
+            tracked.held = held;
+            self.scanner.recheck(index as u16, all, |piece| {
+                let from = u64::from(piece.first) * PAGE_BYTES as u64;
+                let to = from + u64::from(piece.pages()) * PAGE_BYTES as u64;
+                file.data(from, to.min(file.len())).is_none()
+            });
+        }
+    }
+
     fn shape(&mut self) {
+        self.tracked.iter_mut().for_each(|t| t.held = None);
         self.scanner
             .shape(self.blocks.iter().map(|b| (b.hva, b.pages())));
     }
@@ -599,6 +647,10 @@ fn register(uffd: &Uffd, pid: u32, block: &RamBlock) -> Result<(), CaptureError>
                 source,
             },
         })
+}
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
 fn us(since: Instant) -> u64 {

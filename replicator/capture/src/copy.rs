@@ -1,7 +1,7 @@
 //! Copies guest pages into the arena: memcpy from our mapping of the RAM file, or
 //! `process_vm_readv` for blocks that no file backs.
 
-use crate::pool::{Pool, Tickets};
+use crate::pool::{Latecomer, Pool, Tickets};
 use std::io;
 
 /// Bytes that one worker takes at a time.
@@ -53,7 +53,13 @@ impl Copies {
     /// # Safety
     /// Every planned source in our mappings must be mapped, and every destination be room of the planned
     /// length, no two overlapping, that nobody else reads or writes meanwhile.
-    pub(crate) unsafe fn run(&mut self, pid: u32, pool: &Pool, workers: usize) -> io::Result<()> {
+    pub(crate) unsafe fn run(
+        &mut self,
+        pid: u32,
+        pool: &Pool,
+        workers: usize,
+        late: &Latecomer<'_>,
+    ) -> io::Result<()> {
         if self.batch_bytes > 0 {
             self.batches.push(self.mapped.len());
             self.batch_bytes = 0;
@@ -65,7 +71,8 @@ impl Copies {
             1
         };
         let this = &*self;
-        pool.run(workers, &|_| {
+        pool.run(workers, &|n| {
+            late.hold(n, workers);
             while let Some(i) = tickets.take() {
                 let first = if i == 0 { 0 } else { this.batches[i - 1] };
                 for (from, to, len) in &this.mapped[first..this.batches[i]] {
@@ -77,6 +84,7 @@ impl Copies {
                     }
                 }
             }
+            late.release(n);
         });
         for batch in self.remote.chunks(IOVECS) {
             // SAFETY: by this function's contract.

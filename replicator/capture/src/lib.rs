@@ -31,7 +31,7 @@ mod scan;
 mod uffd;
 
 pub use blocks::{PAGE_BYTES, RamBlock, ram_blocks};
-pub use capture::{Capture, Collected, Pause};
+pub use capture::{Capture, Collected, Options, Pause};
 pub use error::CaptureError;
 pub use page_set::{PageRange, PageSet};
 pub use probe::probe;

@@ -74,6 +74,8 @@ pub(crate) struct RamFile {
     file: File,
     /// Where the block starts in the file.
     offset: u64,
+    /// The file system tells holes from data exactly: tmpfs.
+    exact: bool,
 }
 
 impl RamFile {
@@ -100,7 +102,14 @@ impl RamFile {
             file.as_raw_fd(),
             at,
         )?;
-        let ram = RamFile { raw, file, offset };
+        let exact = nix::sys::statfs::fstatfs(&file)
+            .is_ok_and(|s| s.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC);
+        let ram = RamFile {
+            raw,
+            file,
+            offset,
+            exact,
+        };
         ram.populate();
         Ok(ram)
     }
@@ -124,6 +133,9 @@ impl RamFile {
     pub(crate) fn data(&self, from: u64, to: u64) -> Option<(u64, u64)> {
         if from >= to {
             return None;
+        }
+        if !self.exact {
+            return Some((from, to));
         }
         let seek = |at: u64, whence| {
             // SAFETY: seeks on our own descriptor, which nobody reads through.
@@ -158,6 +170,17 @@ impl RamFile {
         assert!((offset as usize) < self.raw.len);
         // SAFETY: inside the mapping, as just checked.
         unsafe { self.raw.base.as_ptr().add(offset as usize) }
+    }
+
+    /// How much the file holds; grows with every page that is touched for the first time. `None` where
+    /// that cannot be relied on.
+    pub(crate) fn held(&self) -> Option<u64> {
+        use std::os::unix::fs::MetadataExt;
+        self.file
+            .metadata()
+            .ok()
+            .filter(|_| self.exact)
+            .map(|m| m.blocks())
     }
 
     pub(crate) fn len(&self) -> u64 {

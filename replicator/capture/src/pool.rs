@@ -2,6 +2,10 @@
 //!
 //! The caller always works too, so a helper that wakes late costs nothing but its help.
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -149,6 +153,46 @@ fn help(shared: &Shared, n: usize) {
         state.busy -= 1;
         state.panicked |= outcome.is_err();
         shared.done.notify_all();
+    }
+}
+
+/// Keeps the last worker back while QEMU saves its devices: where every processor has a worker, that one
+/// would take QEMU's, and the save would begin when the scan is over.
+pub(crate) struct Latecomer<'a> {
+    /// Readable when QEMU is done.
+    reply: Option<BorrowedFd<'a>>,
+    /// Readable when the others are.
+    over: &'a EventFd,
+}
+
+impl<'a> Latecomer<'a> {
+    /// `reply`: what the last worker waits for; `None` if nobody waits.
+    pub(crate) fn new(reply: Option<BorrowedFd<'a>>, over: &'a EventFd) -> Latecomer<'a> {
+        // Left over from the last time; fails if there is nothing.
+        let _ = over.read();
+        Latecomer { reply, over }
+    }
+
+    /// The descriptor for `over`.
+    pub(crate) fn event() -> nix::Result<EventFd> {
+        EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+    }
+
+    /// Waits in worker `n` of `workers` if it is the last one and not the caller.
+    pub(crate) fn hold(&self, n: usize, workers: usize) {
+        let Some(reply) = self.reply.filter(|_| n > 0 && n + 1 == workers) else {
+            return;
+        };
+        let read = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut fds = [read(reply), read(self.over.as_fd())];
+        while let Err(Errno::EINTR) = poll(&mut fds, PollTimeout::NONE) {}
+    }
+
+    /// The caller (worker 0) found nothing more to do.
+    pub(crate) fn release(&self, n: usize) {
+        if n == 0 && self.reply.is_some() {
+            let _ = self.over.write(1);
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 
 use crate::page_set::PageRange;
 use crate::pagemap::{Pagemap, Region};
-use crate::pool::{Pool, Tickets};
+use crate::pool::{Latecomer, Pool, Tickets};
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
@@ -20,11 +20,19 @@ const CLUSTER_BYTES: u64 = 256 * 1024;
 
 /// A part of one block.
 #[derive(Debug, Clone, Copy)]
-struct Piece {
-    block: u16,
-    first: u32,
+pub(crate) struct Piece {
+    /// Nothing was ever written there: skipped.
+    pub untouched: bool,
+    pub block: u16,
+    pub first: u32,
     hva: u64,
     end: u64,
+}
+
+impl Piece {
+    pub(crate) fn pages(&self) -> u32 {
+        ((self.end - self.hva) / 4096) as u32
+    }
 }
 
 /// What one worker found.
@@ -76,6 +84,7 @@ impl Scanner {
                 let start = hva + u64::from(first) * 4096;
                 let end = start + u64::from(count) * 4096;
                 self.pieces.push(Piece {
+                    untouched: false,
                     block: index as u16,
                     first,
                     hva: start,
@@ -93,25 +102,40 @@ impl Scanner {
             .try_for_each(|p| self.pagemap.protect(p.hva, p.end))
     }
 
+    /// Asks `empty` about the pieces of a block: those untouched so far, or all.
+    pub(crate) fn recheck(&mut self, block: u16, all: bool, empty: impl Fn(&Piece) -> bool) {
+        let pieces = self.pieces.iter_mut().filter(|p| p.block == block);
+        for piece in pieces.filter(|p| all || p.untouched) {
+            piece.untouched = empty(piece);
+        }
+    }
+
     /// Scans all RAM from the start, protects what was written, and adds it to `out`. On an error
     /// `out` holds what had been protected by then.
     pub(crate) fn all(
         &mut self,
         pool: &Pool,
         workers: usize,
+        late: &Latecomer<'_>,
         out: &mut Vec<PageRange>,
     ) -> io::Result<()> {
         self.cursor = None;
+        let workers = workers.min(self.found.len());
         let tickets = Tickets::new(self.pieces.len());
         let this = &*self;
-        pool.run(workers.min(this.found.len()), &|n| {
+        pool.run(workers, &|n| {
+            late.hold(n, workers);
             let mut found = this.found[n].lock().unwrap_or_else(PoisonError::into_inner);
             while let Some(i) = tickets.take() {
+                if this.pieces[i].untouched {
+                    continue;
+                }
                 if let Err(e) = this.piece(&this.pieces[i], &mut found) {
                     found.error = Some(e);
-                    return;
+                    break;
                 }
             }
+            late.release(n);
         });
         let mut result = Ok(());
         for found in &mut self.found {
@@ -134,6 +158,10 @@ impl Scanner {
         let mut result = Ok(false);
         while at < self.pieces.len() {
             let mut piece = self.pieces[at];
+            if piece.untouched {
+                (at, address) = (at + 1, 0);
+                continue;
+            }
             let start = piece.hva.max(address);
             piece.first += ((start - piece.hva) / 4096) as u32;
             piece.hva = start;

@@ -7,7 +7,7 @@
 mod common;
 
 use common::{Guest, Spec, read_memory};
-use havm_capture::{Capture, CaptureError, PAGE_BYTES, PageSet, RamBlock};
+use havm_capture::{Capture, CaptureError, Options, PAGE_BYTES, PageSet, RamBlock};
 use havm_qmp::Qmp;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -21,6 +21,7 @@ cat /m/a /m/b > /m/c 2>/dev/null; rm -f /m/c";
 fn spec<'a>() -> Spec<'a> {
     Spec {
         ram_mib: 192,
+        first: "",
         work: WORK,
         extra: &["-device", "VGA"],
     }
@@ -100,9 +101,22 @@ fn first_round(capture: &mut Capture, set: &mut PageSet, shadow: &mut Shadow) {
 
 #[test]
 fn the_shadow_equals_the_guest_after_every_kind_of_epoch() {
+    every_kind_of_epoch(Options::default());
+}
+
+/// The way of scanning that is used with KVM, here under TCG.
+#[test]
+fn the_shadow_equals_the_guest_when_the_scan_looks_first() {
+    every_kind_of_epoch(Options {
+        look_first: Some(true),
+        workers: Some(3),
+    });
+}
+
+fn every_kind_of_epoch(options: Options) {
     let guest = Guest::start(&spec());
     let mut qmp = guest.connect();
-    let mut capture = Capture::attach(&mut qmp).expect("attach");
+    let mut capture = Capture::attach_with(&mut qmp, options).expect("attach");
     assert!(!capture.taken_again());
     let mut shadow = Shadow::new(capture.blocks());
     let (mut set, mut state) = (PageSet::new(), Vec::new());

@@ -27,6 +27,8 @@ impl Drop for Guest {
 
 pub struct Spec<'a> {
     pub ram_mib: u32,
+    /// Shell commands that init runs before it is ready.
+    pub first: &'a str,
     /// Shell loop body run by init, for ever.
     pub work: &'a str,
     pub extra: &'a [&'a str],
@@ -56,7 +58,11 @@ impl Guest {
             .prefix("havm-capture-")
             .tempdir_in(shm)
             .expect("tempdir");
-        std::fs::write(dir.path().join("init.cpio"), initramfs(spec.work)).expect("initramfs");
+        std::fs::write(
+            dir.path().join("init.cpio"),
+            initramfs(spec.first, spec.work),
+        )
+        .expect("initramfs");
         let ram = dir.path().join("ram");
         let qmp = dir.path().join("qmp");
         let serial = dir.path().join("serial");
@@ -136,11 +142,11 @@ pub fn read_memory(pid: u32, hva: u64, len: u64) -> Vec<u8> {
     bytes
 }
 
-fn initramfs(work: &str) -> Vec<u8> {
+fn initramfs(first: &str, work: &str) -> Vec<u8> {
     let init = format!(
         "#!/bin/busybox sh\n\
          /bin/busybox --install -s /bin\n\
-         mount -t proc p /proc; mount -t devtmpfs d /dev; mkdir /m; mount -t tmpfs t /m\n\
+         mount -t proc p /proc; mount -t devtmpfs d /dev; mkdir /m; mount -t tmpfs -o size=95% t /m\n{first}\n\
          echo havm-ready > /dev/ttyS0\n\
          while :; do\n{work}\ndone\n"
     );
