@@ -63,27 +63,31 @@ pub fn serve(path: &Path, reports: Reports, inputs: Sender<Input>) -> io::Result
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o600))?;
-    std::thread::Builder::new().name("control".into()).spawn(move || {
-        for conn in listener.incoming() {
-            let (reports, inputs) = (reports.clone(), inputs.clone());
-            let one = move |conn: UnixStream| -> io::Result<()> {
-                conn.set_write_timeout(Some(WRITE_PATIENCE))?;
-                let writer = conn.try_clone()?;
-                read_orders(conn, writer, &reports, &inputs)
-            };
-            let started = conn.and_then(|c| {
-                std::thread::Builder::new().name("orders".into()).spawn(move || {
-                    if let Err(e) = one(c) {
-                        tracing::warn!(error = %e, "control connection ended");
-                    }
-                })
-            });
-            if let Err(e) = started {
-                tracing::warn!(error = %e, "control connection not accepted");
-                std::thread::sleep(Duration::from_millis(50));
+    std::thread::Builder::new()
+        .name("control".into())
+        .spawn(move || {
+            for conn in listener.incoming() {
+                let (reports, inputs) = (reports.clone(), inputs.clone());
+                let one = move |conn: UnixStream| -> io::Result<()> {
+                    conn.set_write_timeout(Some(WRITE_PATIENCE))?;
+                    let writer = conn.try_clone()?;
+                    read_orders(conn, writer, &reports, &inputs)
+                };
+                let started = conn.and_then(|c| {
+                    std::thread::Builder::new()
+                        .name("orders".into())
+                        .spawn(move || {
+                            if let Err(e) = one(c) {
+                                tracing::warn!(error = %e, "control connection ended");
+                            }
+                        })
+                });
+                if let Err(e) = started {
+                    tracing::warn!(error = %e, "control connection not accepted");
+                    std::thread::sleep(Duration::from_millis(50));
+                }
             }
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -98,12 +102,16 @@ fn read_orders(
     let mut line = Vec::new();
     loop {
         line.clear();
-        let n = (&mut conn).take(MAX_LINE_BYTES as u64).read_until(b'\n', &mut line)?;
+        let n = (&mut conn)
+            .take(MAX_LINE_BYTES as u64)
+            .read_until(b'\n', &mut line)?;
         if n == 0 {
             return Ok(());
         }
         if line.last() != Some(&b'\n') {
-            return Err(io::Error::other(format!("an order of over {MAX_LINE_BYTES} bytes")));
+            return Err(io::Error::other(format!(
+                "an order of over {MAX_LINE_BYTES} bytes"
+            )));
         }
         match serde_json::from_slice::<Order>(&line) {
             Ok(order) => {

@@ -28,12 +28,14 @@ impl Nics {
     pub fn open(specs: &[spec::NicSpec], qemu_uid: u32, output_limit_mib: u64) -> Result<Nics> {
         let per_nic = (output_limit_mib << 20) / specs.len().max(1) as u64;
         let limits = Limits {
-            held_bytes: usize::try_from(per_nic).unwrap_or(usize::MAX).max(MIN_HELD_BYTES),
+            held_bytes: usize::try_from(per_nic)
+                .unwrap_or(usize::MAX)
+                .max(MIN_HELD_BYTES),
             ..Limits::default()
         };
         let open = |s: &spec::NicSpec| {
-            let mac = parse_mac(&s.mac)
-                .with_context(|| format!("{:?} is not a MAC address", s.mac))?;
+            let mac =
+                parse_mac(&s.mac).with_context(|| format!("{:?} is not a MAC address", s.mac))?;
             let nic = NicSpec {
                 guest_tap: s.guest_tap.clone(),
                 bridge_tap: s.bridge_tap.clone(),
@@ -44,11 +46,16 @@ impl Nics {
             };
             let gate = Gate::open(&nic, limits).with_context(|| format!("NIC {}", s.mac))?;
             if !gate.has_offloads() {
-                tracing::warn!(mac = s.mac, "no virtio-net headers on this host: the NIC is slow");
+                tracing::warn!(
+                    mac = s.mac,
+                    "no virtio-net headers on this host: the NIC is slow"
+                );
             }
             Ok(gate)
         };
-        Ok(Nics(Arc::new(specs.iter().map(open).collect::<Result<_>>()?)))
+        Ok(Nics(Arc::new(
+            specs.iter().map(open).collect::<Result<_>>()?,
+        )))
     }
 
     /// Has `wake` called when a first frame waits for a barrier.
@@ -116,7 +123,10 @@ impl Nics {
                 });
             }
         };
-        if let Err(e) = std::thread::Builder::new().name("announce".into()).spawn(again) {
+        if let Err(e) = std::thread::Builder::new()
+            .name("announce".into())
+            .spawn(again)
+        {
             tracing::warn!(error = %e, "the MAC is announced once only");
         }
     }
@@ -151,8 +161,17 @@ mod tests {
 
     #[test]
     fn only_whole_mac_addresses() {
-        assert_eq!(parse_mac("52:54:00:aB:00:01"), Some([0x52, 0x54, 0, 0xab, 0, 1]));
-        for bad in ["", "52:54:00:ab:00", "52:54:00:ab:00:01:02", "5:254:00:ab:00:01", "52:54:00:+a:00:01"] {
+        assert_eq!(
+            parse_mac("52:54:00:aB:00:01"),
+            Some([0x52, 0x54, 0, 0xab, 0, 1])
+        );
+        for bad in [
+            "",
+            "52:54:00:ab:00",
+            "52:54:00:ab:00:01:02",
+            "5:254:00:ab:00:01",
+            "52:54:00:+a:00:01",
+        ] {
             assert_eq!(parse_mac(bad), None, "{bad}");
         }
     }

@@ -50,7 +50,10 @@ impl Pacing {
 mod tests {
     use super::*;
 
-    const P: Pacing = Pacing { max: Duration::from_millis(100), min: Duration::from_millis(5) };
+    const P: Pacing = Pacing {
+        max: Duration::from_millis(100),
+        min: Duration::from_millis(5),
+    };
 
     fn at(ms: u64) -> Situation {
         Situation {
@@ -70,19 +73,35 @@ mod tests {
 
     #[test]
     fn held_output_wants_an_early_barrier() {
-        assert!(!P.due(Situation { output_waits: true, ..at(4) }));
-        assert!(P.due(Situation { output_waits: true, ..at(5) }));
+        assert!(!P.due(Situation {
+            output_waits: true,
+            ..at(4)
+        }));
+        assert!(P.due(Situation {
+            output_waits: true,
+            ..at(5)
+        }));
     }
 
     #[test]
     fn costly_epochs_are_not_cut_faster_than_they_cost() {
-        let s = Situation { output_waits: true, last_cost: Duration::from_millis(30), ..at(29) };
+        let s = Situation {
+            output_waits: true,
+            last_cost: Duration::from_millis(30),
+            ..at(29)
+        };
         assert!(!P.due(s));
-        assert!(P.due(Situation { elapsed: Duration::from_millis(30), ..s }));
+        assert!(P.due(Situation {
+            elapsed: Duration::from_millis(30),
+            ..s
+        }));
     }
 
     #[test]
     fn a_slow_standby_stretches_the_interval() {
-        assert!(!P.due(Situation { in_flight: 2, ..at(1000) }));
+        assert!(!P.due(Situation {
+            in_flight: 2,
+            ..at(1000)
+        }));
     }
 }

@@ -73,7 +73,10 @@ mod tests {
         s.note(&Report::Warning { text: "x".into() });
         assert_eq!(
             s.all(),
-            [Report::Synced { term: Term(2) }, Report::StreamAlive { term: Term(2) }]
+            [
+                Report::Synced { term: Term(2) },
+                Report::StreamAlive { term: Term(2) }
+            ]
         );
     }
 }

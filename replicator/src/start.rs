@@ -16,7 +16,10 @@ pub fn read_spec(path: &Path) -> Result<Spec> {
         .and_then(|f| f.take(MAX_SPEC_BYTES + 1).read_to_string(&mut text))
         .with_context(|| format!("read {}", path.display()))?;
     if text.len() as u64 > MAX_SPEC_BYTES {
-        bail!("{} is over {MAX_SPEC_BYTES} bytes: not a replicator's spec", path.display());
+        bail!(
+            "{} is over {MAX_SPEC_BYTES} bytes: not a replicator's spec",
+            path.display()
+        );
     }
     let spec: Spec =
         serde_json::from_str(&text).with_context(|| format!("{} is not a spec", path.display()))?;
@@ -37,9 +40,12 @@ pub fn read_spec(path: &Path) -> Result<Spec> {
 ///
 /// # Errors
 /// The system's.
-pub fn write_pid_file(spec: &Spec) -> Result<()> {
-    let me = PidFile { pid: i32::try_from(std::process::id())?, start_ticks: start_ticks()? };
-    let path = Spec::pid_file(&spec.run_dir);
+pub fn write_pid_file(run_dir: &Path) -> Result<()> {
+    let me = PidFile {
+        pid: i32::try_from(std::process::id())?,
+        start_ticks: start_ticks()?,
+    };
+    let path = Spec::pid_file(run_dir);
     let aside = path.with_extension("new");
     let mut f = File::create(&aside).with_context(|| format!("create {}", aside.display()))?;
     f.write_all(&serde_json::to_vec(&me)?)?;
@@ -49,8 +55,14 @@ pub fn write_pid_file(spec: &Spec) -> Result<()> {
 fn start_ticks() -> Result<u64> {
     let stat = std::fs::read_to_string("/proc/self/stat").context("read /proc/self/stat")?;
     // The name in parentheses may hold anything; fields count from behind it, the 3rd is the first.
-    let after = stat.rsplit_once(')').context("/proc/self/stat has no name")?.1;
-    let ticks = after.split_ascii_whitespace().nth(22 - 3).context("no start time")?;
+    let after = stat
+        .rsplit_once(')')
+        .context("/proc/self/stat has no name")?
+        .1;
+    let ticks = after
+        .split_ascii_whitespace()
+        .nth(22 - 3)
+        .context("no start time")?;
     ticks.parse().context("start time")
 }
 

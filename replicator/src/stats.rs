@@ -21,7 +21,11 @@ pub struct Stats {
 impl Stats {
     /// One barrier is done.
     pub fn barrier(&mut self, at: Instant, pause: Duration, pages: u64) {
-        push(&mut self.pauses_us, u32::try_from(pause.as_micros()).unwrap_or(u32::MAX), PAUSES);
+        push(
+            &mut self.pauses_us,
+            u32::try_from(pause.as_micros()).unwrap_or(u32::MAX),
+            PAUSES,
+        );
         push(&mut self.barriers, at, INTERVALS);
         self.counters.epochs += 1;
         self.counters.last_pages = pages;
@@ -71,9 +75,16 @@ mod tests {
         let mut s = Stats::default();
         let t = Instant::now();
         for i in 0..3000u64 {
-            s.barrier(t + Duration::from_millis(i * 10), Duration::from_micros(i), 1);
+            s.barrier(
+                t + Duration::from_millis(i * 10),
+                Duration::from_micros(i),
+                1,
+            );
         }
         let c = s.snapshot();
-        assert_eq!((c.epochs, c.pause_us_p50, c.interval_us), (3000, 2499, 10_000));
+        assert_eq!(
+            (c.epochs, c.pause_us_p50, c.interval_us),
+            (3000, 2499, 10_000)
+        );
     }
 }

@@ -175,6 +175,60 @@ pub enum Order {
     Quit,
 }
 
+impl Order {
+    /// The order's name, as on the control socket.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Order::Status => "status",
+            Order::AttachPrimary { .. } => "attach-primary",
+            Order::AttachStandby { .. } => "attach-standby",
+            Order::Run { .. } => "run",
+            Order::OpenGate { .. } => "open-gate",
+            Order::CloseGate { .. } => "close-gate",
+            Order::StartStream { .. } => "start-stream",
+            Order::StopStream { .. } => "stop-stream",
+            Order::Arm { .. } => "arm",
+            Order::Receive { .. } => "receive",
+            Order::ConfirmEligible { .. } => "confirm-eligible",
+            Order::Seal { .. } => "seal",
+            Order::Promote { .. } => "promote",
+            Order::HandOver { .. } => "hand-over",
+            Order::Resume { .. } => "resume",
+            Order::BecomeStandby { .. } => "become-standby",
+            Order::Freeze { .. } => "freeze",
+            Order::Detach => "detach",
+            Order::Verify { .. } => "verify",
+            Order::Quit => "quit",
+        }
+    }
+
+    /// The term that it was given in, where it has one.
+    pub fn term(&self) -> Option<Term> {
+        match self {
+            Order::Run { term }
+            | Order::OpenGate { term }
+            | Order::CloseGate { term }
+            | Order::StartStream { term, .. }
+            | Order::StopStream { term }
+            | Order::Arm { term }
+            | Order::Receive { term, .. }
+            | Order::ConfirmEligible { term }
+            | Order::Seal { term }
+            | Order::Promote { term, .. }
+            | Order::HandOver { term }
+            | Order::Resume { term }
+            | Order::BecomeStandby { term, .. }
+            | Order::Freeze { term } => Some(*term),
+            Order::Status
+            | Order::AttachPrimary { .. }
+            | Order::AttachStandby { .. }
+            | Order::Detach
+            | Order::Verify { .. }
+            | Order::Quit => None,
+        }
+    }
+}
+
 /// What a replicator is doing; the states of the module's picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

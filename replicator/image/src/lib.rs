@@ -15,11 +15,13 @@ pub mod error;
 mod mapping;
 pub mod promote;
 pub mod ram;
+pub mod reader;
 pub mod stream;
 
 pub use error::ImageError;
 pub use promote::{Promoted, promote};
 pub use ram::{BlockInfo, RamImage};
+pub use reader::RamReader;
 
 /// The page size of the image, bytes. x86-64 guests only.
 pub const PAGE_BYTES: usize = 4096;

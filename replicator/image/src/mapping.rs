@@ -3,16 +3,18 @@
 //! The mapping keeps the file's memory alive after QEMU and its name are gone.
 
 use crate::PAGE_BYTES;
+use nix::fcntl::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
 /// A shared, writable mapping.
 pub(crate) struct Mapping {
     base: NonNull<u8>,
     len: usize,
-    _file: File,
+    file: File,
 }
 
 // SAFETY: the mapping is plain memory owned by this value; access goes through `&self`/`&mut self`.
@@ -41,11 +43,7 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         let base = NonNull::new(p.cast()).ok_or_else(|| io::Error::other("mapped at null"))?;
-        Ok(Mapping {
-            base,
-            len,
-            _file: file,
-        })
+        Ok(Mapping { base, len, file })
     }
 
     /// The page at byte offset `at` (a multiple of the page size), if it lies inside.
@@ -62,6 +60,17 @@ impl Mapping {
         // SAFETY: inside the mapping; `&mut self` is the only access of this process, and the
         // waiting QEMU does not touch guest RAM.
         Some(unsafe { &mut *self.base.as_ptr().add(at).cast() })
+    }
+
+    /// Copies a page without giving room to a page that was never written.
+    pub(crate) fn read(&self, at: usize, to: &mut [u8; PAGE_BYTES]) -> io::Result<()> {
+        self.file.read_exact_at(to, at as u64)
+    }
+
+    /// Makes it all zero.
+    pub(crate) fn clear(&mut self) -> io::Result<()> {
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(fallocate(&self.file, mode, 0, self.len as libc::off_t)?)
     }
 
     fn inside(&self, at: usize) -> Option<()> {

@@ -137,6 +137,37 @@ impl RamImage {
         }
     }
 
+    /// Copies a page, for a comparison: a page that was never written takes no room by it. False outside
+    /// the image.
+    pub fn read(&self, block: u16, page: u32, to: &mut [u8; PAGE_BYTES]) -> bool {
+        let at = page as usize * PAGE_BYTES;
+        match self.blocks.get(block as usize).map(|b| &b.backing) {
+            Some(Backing::File(m)) => m.read(at, to).is_ok(),
+            Some(Backing::Private(_)) => self.page(block, page).is_some_and(|p| {
+                to.copy_from_slice(p);
+                true
+            }),
+            None => false,
+        }
+    }
+
+    /// Makes all of it zero, and gives its room back: for a stream that starts from nothing.
+    ///
+    /// # Errors
+    /// The file system cannot punch holes.
+    pub fn clear(&mut self) -> Result<(), ImageError> {
+        for b in &mut self.blocks {
+            match &mut b.backing {
+                Backing::File(m) => m.clear().map_err(|source| ImageError::Io {
+                    what: "clear the RAM file",
+                    source,
+                })?,
+                Backing::Private(v) => v.fill(0),
+            }
+        }
+        Ok(())
+    }
+
     /// A page to write; `None` outside the image.
     pub fn page_mut(&mut self, block: u16, page: u32) -> Option<&mut [u8; PAGE_BYTES]> {
         let at = page as usize * PAGE_BYTES;
@@ -190,8 +221,8 @@ impl RamImage {
     }
 }
 
-/// Opens the file behind the mapping at the block's address, and maps it here.
-fn map_block(pid: u32, maps: &str, b: &RamBlock, len: usize) -> Result<Mapping, ImageError> {
+/// Opens the file behind the mapping at the block's address.
+pub(crate) fn ram_file(pid: u32, maps: &str, b: &RamBlock) -> Result<File, ImageError> {
     let err = |why: String| ImageError::Map {
         block: b.name.clone(),
         why,
@@ -212,12 +243,18 @@ fn map_block(pid: u32, maps: &str, b: &RamBlock, len: usize) -> Result<Mapping, 
         return Err(err(format!("it starts {offset} bytes into its file")));
     }
     let path = format!("/proc/{pid}/map_files/{range}");
-    let file = File::options()
+    File::options()
         .read(true)
         .write(true)
         .open(&path)
-        .map_err(|e| err(format!("open {path}: {e} (needs root)")))?;
-    let m = Mapping::new(file, len).map_err(|e| err(format!("mmap: {e}")))?;
+        .map_err(|e| err(format!("open {path}: {e} (needs root)")))
+}
+
+fn map_block(pid: u32, maps: &str, b: &RamBlock, len: usize) -> Result<Mapping, ImageError> {
+    let m = Mapping::new(ram_file(pid, maps, b)?, len).map_err(|e| ImageError::Map {
+        block: b.name.clone(),
+        why: format!("mmap: {e}"),
+    })?;
     debug_assert_eq!(m.len(), len);
     Ok(m)
 }
