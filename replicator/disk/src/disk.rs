@@ -131,7 +131,7 @@ impl Disk {
             j.flush()
                 .map_err(DiskError::io("emptying the disk journal"))?;
         }
-        let sb = Superblock::new(cfg.disk_id, size, cfg.log_extents.clamp(64, 1 << 16));
+        let sb = Superblock::new(cfg.disk_id, size, cfg.log_extents.clamp(4, 1 << 16));
         MetaFile::create(stores.meta.clone(), &cfg.meta, sb, all_differ)?;
         Self::open_stores(cfg, stores, None)
     }

@@ -49,7 +49,7 @@ impl Intent {
         let mut me = Intent {
             slot_of: vec![0; extents],
             slots: Vec::new(),
-            max: max.max(64),
+            max: max.max(4),
             clock: 0,
         };
         for e in active {

@@ -32,7 +32,9 @@ struct Qemu {
 }
 
 impl Qemu {
-    fn start(lab: &Lab, kernel: &Path, initrd: &Path) -> Qemu {
+    fn start(lab: &Lab, image: &(PathBuf, PathBuf), vnet_hdr: bool) -> Qemu {
+        let (kernel, initrd) = image;
+        let vnet_hdr = if vnet_hdr { "on" } else { "off" };
         let socket = std::env::temp_dir().join(format!("{}.qmp", lab.ns("qemu")));
         let child = Command::new("ip")
             .args(["netns", "exec", &lab.ns("H"), "qemu-system-x86_64"])
@@ -44,7 +46,7 @@ impl Qemu {
             .args(["-append", &format!("quiet havm.ip={GUEST}/24")])
             .args([
                 "-netdev",
-                "tap,id=n,ifname=hvg7,script=no,downscript=no,vnet_hdr=on",
+                &format!("tap,id=n,ifname=hvg7,script=no,downscript=no,vnet_hdr={vnet_hdr}"),
             ])
             .args(["-device", "virtio-net-pci,netdev=n,mac=52:54:00:66:00:01"])
             .args([
@@ -112,7 +114,7 @@ fn a_real_guests_answers_wait_for_their_epoch() {
     if !usable() {
         return;
     }
-    let Some((kernel, initrd)) = image() else {
+    let Some(image) = image() else {
         eprintln!("SKIPPED: no guest image (cargo run -p havm-lab -- guest-image)");
         return;
     };
@@ -129,7 +131,7 @@ fn a_real_guests_answers_wait_for_their_epoch() {
     };
     let gate = open();
     gate.pass(true);
-    let mut qemu = Qemu::start(&lab, &kernel, &initrd);
+    let mut qemu = Qemu::start(&lab, &image, true);
     let client = lab.within("C", || UdpSocket::bind((CLIENT, 0)).expect("bind"));
     client.connect((GUEST, 7001)).expect("connect");
     assert!(
@@ -206,4 +208,34 @@ fn a_real_guests_answers_wait_for_their_epoch() {
     drop(gate);
     lab.within("H", || remove_guest_tap("hvg7"))
         .expect("removed");
+}
+
+/// Without virtio-net headers it works too, with a guest that is given no offloads.
+#[test]
+fn a_guest_without_offloads() {
+    if !usable() {
+        return;
+    }
+    let Some(image) = image() else {
+        eprintln!("SKIPPED: no guest image (cargo run -p havm-lab -- guest-image)");
+        return;
+    };
+    let lab = Lab::new();
+    lab.fix_neighbours();
+    let spec = NicSpec {
+        guest_tap: "hvg7".into(),
+        ..lab.spec()
+    };
+    let limits = Limits {
+        vnet_hdr: false,
+        ..Limits::default()
+    };
+    let gate = lab.within("H", || Gate::open(&spec, limits).expect("a gate"));
+    assert!(!gate.has_offloads());
+    gate.pass(true);
+    let _qemu = Qemu::start(&lab, &image, false);
+    let client = lab.within("C", || UdpSocket::bind((CLIENT, 0)).expect("bind"));
+    client.connect((GUEST, 7001)).expect("connect");
+    assert!(answered(&client, Duration::from_secs(60)), "no answer");
+    assert_eq!(gate.counters().unusable, 0);
 }

@@ -82,6 +82,14 @@ impl PageBatch {
     pub fn is_empty(&self) -> bool {
         self.count == 0
     }
+    /// Bytes of its payload.
+    pub fn bytes(&self) -> usize {
+        self.payload.len()
+    }
+    /// The entries, for [`entries`].
+    pub fn entries(&self) -> &[u8] {
+        &self.payload[2..]
+    }
     /// Large enough to be sent.
     pub fn is_full(&self) -> bool {
         self.payload.len() >= GOOD_PAYLOAD_BYTES
