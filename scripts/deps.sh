@@ -12,7 +12,7 @@ kernel=$target/guest/kernel
 modules="virtio_pci virtio_blk virtio_net button evdev"
 
 # From the distribution's main archive.
-plain="busybox-static cpio iproute2 nftables pkg-config gcc libc6-dev xz-utils iperf3 fio nbdkit libnbd-bin util-linux"
+plain="busybox-static cpio iproute2 iputils-ping nftables pkg-config gcc libc6-dev xz-utils iperf3 fio nbdkit libnbd-bin util-linux"
 # Must be recent: QEMU 8.2 and libvirt 10 at least. Debian 12 has them in its backports.
 virt="qemu-system-x86 qemu-utils ipxe-qemu seabios libvirt-daemon libvirt-daemon-system libvirt-daemon-driver-qemu libvirt-clients libvirt-dev"
 qemu_min=1:8.2

@@ -15,6 +15,7 @@
 //! counter twice, with two stamps: that is how a history that was taken back is seen.
 
 pub mod content;
+pub mod domain;
 pub mod guest;
 pub mod proto;
 pub mod report;

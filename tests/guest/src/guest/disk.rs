@@ -163,9 +163,9 @@ impl Log {
         let end = lap * self.slots + low + 1;
         let mut holes = 0;
         for seq in end.saturating_sub(CRASH_WINDOW)..end {
-            if !self
+            if self
                 .read_slot(seq % self.slots)?
-                .is_some_and(|r| r.seq == seq)
+                .is_none_or(|r| r.seq != seq)
             {
                 holes += 1;
             }
