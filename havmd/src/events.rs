@@ -5,6 +5,7 @@
 
 use havm_core::command::{Notice, NoticeKind, Severity};
 use havm_core::ids::{GuestName, Term};
+use havm_hooks::Runner;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fs::OpenOptions;
@@ -28,8 +29,8 @@ pub struct Entry {
     pub at_ms: u64,
     /// The guest; none for the host's own.
     pub guest: Option<GuestName>,
-    /// What.
-    pub kind: NoticeKind,
+    /// What: a name of the hooks' catalogue.
+    pub kind: String,
     /// How much it matters.
     pub severity: Severity,
     /// The term when it happened.
@@ -44,6 +45,7 @@ pub struct EventLog {
     next: u64,
     file: Option<PathBuf>,
     live: broadcast::Sender<Entry>,
+    hooks: Option<Runner>,
 }
 
 impl EventLog {
@@ -79,31 +81,43 @@ impl EventLog {
             next,
             file,
             live: broadcast::channel(256).0,
+            hooks: None,
         }
     }
 
-    /// Takes a notice: log, ring, file, followers.
+    /// Gives every event from now on to these hooks.
+    pub fn set_hooks(&mut self, hooks: Runner) {
+        self.hooks = Some(hooks);
+    }
+
+    /// Takes an engine's notice.
     pub fn add(&mut self, guest: Option<&GuestName>, n: &Notice) -> Entry {
+        self.put(guest, kind_name(n.kind), n.severity, n.term, &n.text)
+    }
+
+    /// Takes an event: log, ring, file, followers, hooks.
+    pub fn put(
+        &mut self,
+        guest: Option<&GuestName>,
+        kind: String,
+        severity: Severity,
+        term: Term,
+        text: &str,
+    ) -> Entry {
         let who = guest.map_or("-", GuestName::as_str);
-        match n.severity {
-            Severity::Info => {
-                tracing::info!(guest = who, term = n.term.0, kind = ?n.kind, "{}", n.text)
-            }
-            Severity::Warning => {
-                tracing::warn!(guest = who, term = n.term.0, kind = ?n.kind, "{}", n.text)
-            }
-            Severity::Alarm => {
-                tracing::error!(guest = who, term = n.term.0, kind = ?n.kind, "{}", n.text)
-            }
+        match severity {
+            Severity::Info => tracing::info!(guest = who, term = term.0, kind, "{text}"),
+            Severity::Warning => tracing::warn!(guest = who, term = term.0, kind, "{text}"),
+            Severity::Alarm => tracing::error!(guest = who, term = term.0, kind, "{text}"),
         }
         let entry = Entry {
             seq: self.next,
             at_ms: wall_ms(),
             guest: guest.cloned(),
-            kind: n.kind,
-            severity: n.severity,
-            term: n.term,
-            text: n.text.clone(),
+            kind,
+            severity,
+            term,
+            text: text.to_owned(),
         };
         self.next += 1;
         if self.ring.len() == RING {
@@ -112,6 +126,9 @@ impl EventLog {
         self.ring.push_back(entry.clone());
         if let Err(e) = self.write(&entry) {
             tracing::warn!(error = %e, "an event could not be kept on disk");
+        }
+        if let (Some(hooks), Ok(json)) = (&self.hooks, serde_json::to_value(&entry)) {
+            hooks.fire(&entry.kind, guest.map(GuestName::as_str), &json);
         }
         // Nobody may be following.
         let _ = self.live.send(entry.clone());
@@ -153,6 +170,13 @@ impl EventLog {
             .open(path)?
             .write_all(&line)
     }
+}
+
+/// The stable name of a kind.
+fn kind_name(kind: NoticeKind) -> String {
+    let name = serde_json::to_value(kind).ok();
+    name.and_then(|v| v.as_str().map(str::to_owned))
+        .unwrap_or_else(|| "warning".into())
 }
 
 /// Milliseconds since 1970.

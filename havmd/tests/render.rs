@@ -1,6 +1,6 @@
 //! What `havm status` and `havm events` show, pinned.
 
-use havm_core::command::{NoticeKind, Severity};
+use havm_core::command::Severity;
 use havm_core::ids::{EpochNo, GuestName, LifeId, Term};
 use havm_core::order::{CONTROL_VERSION, Counters, Mode, ReplicaState};
 use havm_core::record::{Intent, Role, RoleStatus};
@@ -193,7 +193,7 @@ fn an_event_is_one_line() {
         seq: 7,
         at_ms: START + 1234,
         guest: Some("web".parse().expect("name")),
-        kind: NoticeKind::PeerLost,
+        kind: "peer-lost".into(),
         severity: Severity::Warning,
         term: Term(4),
         text: "beta is silent".into(),

@@ -104,7 +104,10 @@ async fn build(shared: &Arc<Shared>, guest: &GuestName) -> Result<(Running, Star
 fn outside(shared: &Arc<Shared>) -> Outside {
     let (peer, witness, spec) = (shared.peer.clone(), shared.witness.clone(), shared.clone());
     Outside {
-        send: Arc::new(move |envelope| peer.send(envelope)),
+        send: Arc::new(move |envelope| {
+            // Lost where no link is up: the engine repeats what it needs.
+            let _ = peer.send(envelope);
+        }),
         witness: Arc::new(move |guest, request, post| {
             let (witness, guest) = (witness.clone(), guest.clone());
             tokio::spawn(async move {
@@ -116,7 +119,6 @@ fn outside(shared: &Arc<Shared>) -> Outside {
             });
         }),
         write_spec: Arc::new(move |guest| write_spec(&spec, guest)),
-        noticed: Arc::new(|_, _| {}),
     }
 }
 

@@ -39,6 +39,9 @@ use tokio::sync::{mpsc, oneshot};
 /// Events kept for a guest that is just being taken in.
 const MAX_EARLY: usize = 1000;
 
+/// Who waits for the end of something; the error is for a person.
+pub type Reply<T> = oneshot::Sender<Result<T, String>>;
+
 /// What comes into the loop beside the peer's messages and verdict.
 pub enum Input {
     /// A task's result or a process's report.
@@ -46,21 +49,19 @@ pub enum Input {
     /// A guest whose processes were looked for: from now on it has an engine.
     Born(Box<Born>),
     /// Take a guest in whose files are complete; with its first wish, and who asked.
-    TakeIn(
-        GuestName,
-        Option<Operator>,
-        oneshot::Sender<Result<(), String>>,
-    ),
+    TakeIn(GuestName, Option<Operator>, Reply<()>),
     /// An operator's wish; the answer is the engine's refusal, if any.
-    Operate(GuestName, Operator, oneshot::Sender<Result<(), String>>),
+    Operate(GuestName, Operator, Reply<()>),
     /// Compare both sides.
-    Verify(GuestName, oneshot::Sender<Result<VerifyResult, String>>),
+    Verify(GuestName, Reply<VerifyResult>),
     /// One guest's status.
     GuestStatus(GuestName, oneshot::Sender<Option<GuestStatus>>),
     /// Everything.
     Status(oneshot::Sender<HostStatus>),
     /// The verdict about the peer's host changed.
     Verdict(Peer),
+    /// A link became silent, or is heard again.
+    Link(usize, bool),
     /// The witness was probed.
     Witness(Option<Incarnation>),
     /// What is wrong with the node as a whole.
@@ -81,8 +82,8 @@ struct Loop {
     guests: BTreeMap<GuestName, Running>,
     /// Events that came for a guest before it was born, and who waits for its birth.
     early: HashMap<GuestName, Vec<Event>>,
-    born_waits: HashMap<GuestName, (Option<Operator>, oneshot::Sender<Result<(), String>>)>,
-    verifying: HashMap<u64, (GuestName, oneshot::Sender<Result<VerifyResult, String>>)>,
+    born_waits: HashMap<GuestName, (Option<Operator>, Reply<()>)>,
+    verifying: HashMap<u64, (GuestName, Reply<VerifyResult>)>,
     next_verify: u64,
     verdict: Peer,
     witness: Option<Incarnation>,
@@ -182,9 +183,14 @@ impl Loop {
                 self.verdict = peer;
                 self.all(|v| Event::Peer(v.verdict));
             }
+            Input::Link(link, up) => self.link_changed(link, up),
             Input::Witness(seen) => {
                 let new = seen != self.witness;
+                let (was, is) = (self.witness.is_some(), seen.is_some());
                 self.witness = seen;
+                if was != is {
+                    self.witness_changed(is);
+                }
                 if new {
                     self.all(|v| Event::WitnessSeen(v.witness));
                 }
@@ -238,7 +244,7 @@ impl Loop {
             }
             match g.driver.run(commands) {
                 Outcome::Done => {}
-                Outcome::Dropped(event) => next = Some(event),
+                Outcome::Dropped(event) => next = Some(*event),
                 Outcome::Forgotten => {
                     self.forgotten(guest);
                     return refused;
@@ -296,12 +302,7 @@ impl Loop {
         }
     }
 
-    fn take_in(
-        &mut self,
-        guest: GuestName,
-        first: Option<Operator>,
-        reply: oneshot::Sender<Result<(), String>>,
-    ) {
+    fn take_in(&mut self, guest: GuestName, first: Option<Operator>, reply: Reply<()>) {
         if self.guests.contains_key(&guest) || self.early.contains_key(&guest) {
             let _ = reply.send(Err(format!("guest {guest} is protected here already")));
             return;
@@ -335,6 +336,30 @@ impl Loop {
         if let Some((first, reply)) = waits {
             let r = first.map_or(Ok(()), |op| self.operate(&guest, op));
             let _ = reply.send(r);
+        }
+    }
+
+    fn link_changed(&self, link: usize, up: bool) {
+        let links = &self.shared.config.peer.links;
+        let name = links.get(link).map_or("?", |l| l.name.as_str());
+        if up {
+            let text = format!("link {name} carries heartbeats");
+            self.shared.tell("link-up", Severity::Info, &text);
+        } else {
+            let text = format!(
+                "link {name} is silent: look at its cable, card and switch, or at the peer"
+            );
+            self.shared.tell("link-down", Severity::Warning, &text);
+        }
+    }
+
+    fn witness_changed(&self, up: bool) {
+        if up {
+            self.shared
+                .tell("witness-back", Severity::Info, "the witness answers");
+        } else {
+            let text = "the witness does not answer: a host that is lost now cannot be replaced until it does";
+            self.shared.tell("witness-lost", Severity::Warning, text);
         }
     }
 

@@ -254,7 +254,7 @@ fn room_for(d: &guests::GuestDisk) -> Result<(), String> {
             let folder = d.path.parent().unwrap_or(Path::new("/"));
             let s = nix::sys::statvfs::statvfs(folder)
                 .map_err(|e| format!("{}: {e}: make the folder", folder.display()))?;
-            let free = u64::from(s.blocks_available()) * u64::from(s.fragment_size());
+            let free = s.blocks_available().saturating_mul(s.fragment_size());
             if free < d.size_bytes {
                 return Err(format!(
                     "{} has {free} bytes free, {} may be needed for {shown}",

@@ -115,7 +115,10 @@ impl Shared {
                 return;
             }
         }
-        while follow {
+        loop {
+            if !follow {
+                break;
+            }
             match live.recv().await {
                 Ok(e) if guest.is_some() && e.guest != guest => {}
                 Ok(e) => {
@@ -141,4 +144,3 @@ async fn finish(answers: &Answers, r: Result<String, String>) {
         Err(text) => answers.failed(text).await,
     }
 }
-

@@ -9,7 +9,7 @@ use crate::peer::PeerClient;
 use crate::replicators::Post;
 use crate::witness::WitnessClient;
 use havm_config::Config;
-use havm_core::command::{Notice, NoticeKind, Severity};
+use havm_core::command::Severity;
 use havm_core::event::{Event, Operator};
 use havm_core::ids::{GuestName, Term};
 use havm_core::settings::{ArbiterKind, FailbackSettings, Settings};
@@ -67,18 +67,16 @@ impl Shared {
         })
     }
 
-    /// A notice of the host itself.
-    pub fn say(&self, guest: Option<&GuestName>, severity: Severity, text: impl Into<String>) {
-        let notice = Notice {
-            kind: NoticeKind::Warning,
-            severity,
-            term: Term(0),
-            text: text.into(),
-        };
-        self.events
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .add(guest, &notice);
+    /// An event that no engine made: of the host, or about a guest.
+    pub fn say(&self, guest: Option<&GuestName>, severity: Severity, text: impl AsRef<str>) {
+        let mut log = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        log.put(guest, "warning".into(), severity, Term(0), text.as_ref());
+    }
+
+    /// An event of the host by its name in the hooks' catalogue.
+    pub fn tell(&self, kind: &str, severity: Severity, text: &str) {
+        let mut log = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        log.put(None, kind.into(), severity, Term(0), text);
     }
 
     /// Gives a guest's engine something to do; an error is its refusal.

@@ -9,6 +9,7 @@ use crate::events::{EventLog, wall_ms};
 use crate::guests::{GuestFile, Paths};
 use crate::identity_store::{Myself, PairFile, WitnessPin};
 use crate::libvirt::conn::Libvirt;
+use crate::peer::{self, Served};
 use crate::witness::WitnessClient;
 use anyhow::Context;
 use havm_config::Config;
@@ -17,6 +18,7 @@ use havm_core::command::Severity;
 use havm_core::detector::DetectorSettings;
 use havm_core::event::Peer;
 use havm_core::message::Envelope;
+use havm_hooks::{Limits, Runner};
 use nix::fcntl::{Flock, FlockArg};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, OpenOptions};
@@ -48,13 +50,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (inputs, inbox) = mpsc::unbounded_channel();
     let libvirt = Libvirt::start(&config.libvirt.uri, "host").context("the libvirt thread")?;
     let qemu_ids = qemu_ids(&libvirt).await;
-    let events = Arc::new(Mutex::new(EventLog::open(Some(
-        paths.state_dir.join("events.jsonl"),
-    ))));
-    let (peer, served) = crate::peer::start(&config, &me, &pair).await?;
+    let events = Arc::new(Mutex::new(event_log(&config, &paths)?));
+    let (peer, served) = peer::start(&config, &me, &pair)
+        .await
+        .context("the connection to the peer")?;
     let beats = start_beats(&config, &me, &pair, inputs.clone())?;
     let shared = Arc::new(Shared {
-        witness: witness(&config, &me, &events)?,
+        witness: witness(&config, &me)?,
         config,
         paths,
         me,
@@ -109,6 +111,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn event_log(config: &Config, paths: &Paths) -> anyhow::Result<EventLog> {
+    let mut log = EventLog::open(Some(paths.state_dir.join("events.jsonl")));
+    let limits = Limits {
+        deadline: Duration::from_secs(config.hooks.timeout_s),
+        ..Limits::default()
+    };
+    log.set_hooks(Runner::new(&config.hooks.dir, limits).context("the hooks' threads")?);
+    Ok(log)
 }
 
 /// One daemon a host: two would order the same replicators about.
@@ -173,11 +185,7 @@ async fn qemu_ids(libvirt: &Libvirt) -> (u32, u32) {
     }
 }
 
-fn witness(
-    config: &Config,
-    me: &Myself,
-    events: &Arc<Mutex<EventLog>>,
-) -> anyhow::Result<Option<WitnessClient>> {
+fn witness(config: &Config, me: &Myself) -> anyhow::Result<Option<WitnessClient>> {
     let Witness::Builtin { addresses } = &config.witness else {
         return Ok(None);
     };
@@ -185,7 +193,6 @@ fn witness(
     let Some(pin) = WitnessPin::load(state_dir)? else {
         let text =
             "a witness is configured, but this node is not enrolled there: `havm pair --witness`";
-        let _ = events;
         tracing::error!("{text}");
         return Ok(None);
     };
@@ -222,7 +229,7 @@ fn start_beats(
     };
     Beats::start(settings, move |event| match event {
         BeatEvent::Verdict { peer, .. } => drop(inputs.send(Input::Verdict(peer))),
-        BeatEvent::Link { link, up } => tracing::info!(link, up, "heartbeats of a link"),
+        BeatEvent::Link { link, up } => drop(inputs.send(Input::Link(link, up))),
         BeatEvent::PeerSession { .. } => tracing::info!("the peer's daemon has started"),
         BeatEvent::PeerFlags { .. } => {}
     })
@@ -249,7 +256,7 @@ fn serve_control(shared: &Arc<Shared>) -> anyhow::Result<()> {
 }
 
 /// Answers the peer's questions; its messages go to the loop.
-fn serve_peer(shared: &Arc<Shared>, mut served: crate::peer::Served) -> mpsc::Receiver<Envelope> {
+fn serve_peer(shared: &Arc<Shared>, mut served: Served) -> mpsc::Receiver<Envelope> {
     let shared = shared.clone();
     tokio::spawn(async move {
         while let Some((question, reply)) = served.requests.recv().await {

@@ -11,7 +11,7 @@ pub mod qemu;
 use crate::events::EventLog;
 use crate::record::RecordStore;
 use crate::replicators::{Post, Replicator};
-use havm_core::command::{Command, FenceRequest, Notice, WitnessRequest};
+use havm_core::command::{Command, FenceRequest, WitnessRequest};
 use havm_core::event::{Event, FenceOutcome};
 use havm_core::ids::GuestName;
 use havm_core::message::Envelope;
@@ -23,17 +23,20 @@ use std::time::{Duration, Instant};
 /// A list of commands that takes longer than this holds up other guests; it is logged.
 const SLOW: Duration = Duration::from_millis(20);
 
+/// Asks the witness for a guest; posts the one answer.
+pub type AskWitness = dyn Fn(&GuestName, WitnessRequest, Post) + Send + Sync;
+/// Writes a guest's spec.
+pub type WriteSpec = dyn Fn(&GuestName) -> std::io::Result<()> + Send + Sync;
+
 /// The ways out of this node.
 #[derive(Clone)]
 pub struct Outside {
     /// Sends to the peer's daemon; may lose it.
     pub send: Arc<dyn Fn(Envelope) + Send + Sync>,
     /// Asks the witness; the answer is posted as an event, once.
-    pub witness: Arc<dyn Fn(&GuestName, WitnessRequest, Post) + Send + Sync>,
+    pub witness: Arc<AskWitness>,
     /// Writes a guest's spec before its replicator starts.
-    pub write_spec: Arc<dyn Fn(&GuestName) -> std::io::Result<()> + Send + Sync>,
-    /// Told of every notice (hooks).
-    pub noticed: Arc<dyn Fn(&GuestName, &Notice) + Send + Sync>,
+    pub write_spec: Arc<WriteSpec>,
 }
 
 /// One guest's hands.
@@ -53,7 +56,7 @@ pub enum Outcome {
     /// All were carried out (or begun).
     Done,
     /// `Persist` failed; the rest was dropped. Deliver this event next.
-    Dropped(Event),
+    Dropped(Box<Event>),
     /// The record is gone: the guest is no longer protected.
     Forgotten,
 }
@@ -108,12 +111,12 @@ impl Driver {
         match command {
             Command::Persist(record) => {
                 if let Err(e) = self.record.persist(&record) {
-                    return Outcome::Dropped(Event::PersistFailed { why: e.to_string() });
+                    return Outcome::Dropped(Box::new(Event::PersistFailed { why: e.to_string() }));
                 }
             }
             Command::Forget => {
                 if let Err(e) = self.record.forget() {
-                    return Outcome::Dropped(Event::PersistFailed { why: e.to_string() });
+                    return Outcome::Dropped(Box::new(Event::PersistFailed { why: e.to_string() }));
                 }
                 return Outcome::Forgotten;
             }
@@ -141,8 +144,6 @@ impl Driver {
                     .lock()
                     .unwrap_or_else(std::sync::PoisonError::into_inner);
                 log.add(Some(&self.guest), &notice);
-                drop(log);
-                (self.outside.noticed)(&self.guest, &notice);
             }
         }
         Outcome::Done

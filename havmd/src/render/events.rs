@@ -12,8 +12,7 @@ pub fn line(e: &Entry) -> String {
         Severity::Warning => "WARNING",
         Severity::Alarm => "ALARM  ",
     };
-    let kind = serde_json::to_value(e.kind).ok();
-    let kind = kind.as_ref().and_then(|k| k.as_str()).unwrap_or("?");
+    let kind = &e.kind;
     let guest = e.guest.as_ref().map_or("-", GuestName::as_str);
     format!(
         "{} {severity} {guest} {kind}: {} (term {})",
