@@ -23,6 +23,8 @@ pub struct RamBlock {
     pub guest_addr: u64,
     /// Host virtual address in QEMU.
     pub hva: u64,
+    /// Bytes of the host's pages that back it; more than 4096 for huge pages.
+    pub page_bytes: u64,
     /// It is a shared mapping of a file (a `memory-backend-file` with share=on).
     pub shared_file: bool,
 }
@@ -120,11 +122,12 @@ fn parse_ramblock(text: &str) -> Result<Vec<RamBlock>, CaptureError> {
         let head = &line[..hex_at];
         // The page size is the last two words before the numbers: "4 KiB".
         let mut head_words = head.trim().rsplitn(3, ' ').filter(|w| !w.is_empty());
-        let (Some(_unit), Some(_size), Some(name)) =
+        let (Some(unit), Some(size), Some(name)) =
             (head_words.next(), head_words.next(), head_words.next())
         else {
             return Err(bad(line));
         };
+        let page_bytes = page_size(size, unit).ok_or_else(|| bad(line))?;
         let numbers: Vec<u64> = line[hex_at..]
             .split_whitespace()
             .map_while(|w| u64::from_str_radix(w.strip_prefix("0x")?, 16).ok())
@@ -148,6 +151,7 @@ fn parse_ramblock(text: &str) -> Result<Vec<RamBlock>, CaptureError> {
             max_len: total.next_multiple_of(page),
             guest_addr: 0,
             hva,
+            page_bytes,
             shared_file: false,
         });
         if blocks.len() > MAX_BLOCKS {
@@ -162,6 +166,18 @@ fn parse_ramblock(text: &str) -> Result<Vec<RamBlock>, CaptureError> {
         ));
     }
     Ok(blocks)
+}
+
+/// QEMU's `size_to_str`, such as "4 KiB".
+fn page_size(size: &str, unit: &str) -> Option<u64> {
+    let unit = match unit {
+        "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    size.parse::<u64>().ok()?.checked_mul(1 << unit)
 }
 
 /// The address of the RAM region `name` within its container, from `info mtree`. Block names are a
@@ -218,7 +234,7 @@ mod tests {
             (b[1].name.as_str(), b[1].len, b[1].max_len),
             ("/rom@etc/acpi/tables", 0x20000, 0x200000)
         );
-        assert_eq!(b[2].name, "odd name");
+        assert_eq!((b[2].name.as_str(), b[2].page_bytes), ("odd name", 2 << 20));
     }
 
     #[test]

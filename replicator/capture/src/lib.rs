@@ -35,4 +35,4 @@ pub use capture::{Capture, Collected, Options, Pause};
 pub use error::CaptureError;
 pub use page_set::{PageRange, PageSet};
 pub use probe::probe;
-pub use refuse::Refusal;
+pub use refuse::{Refusal, refusals};
