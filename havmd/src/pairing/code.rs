@@ -1,8 +1,10 @@
 //! One-time codes: 120 random bits in six groups of four, `7K2M-...`, easy to read out.
 
+use crate::durable;
 use crate::random;
 use std::fmt;
 use std::io;
+use std::path::Path;
 use std::str::FromStr;
 
 /// Digits and letters without I, L, O and U (Crockford's base 32).
@@ -31,6 +33,19 @@ impl Code {
     pub fn random() -> io::Result<Self> {
         let bytes = random::bytes::<CHARS>()?;
         Ok(Code(bytes.map(|b| ALPHABET[usize::from(b % 32)])))
+    }
+
+    /// Reads one from a file (`--code-file`), as [`Code::save`] or a person wrote it.
+    pub fn load(path: &Path) -> io::Result<Self> {
+        let bytes = durable::read_bounded(path, 1024)?.ok_or(io::ErrorKind::NotFound)?;
+        String::from_utf8_lossy(&bytes)
+            .parse()
+            .map_err(|e: CodeError| io::Error::new(io::ErrorKind::InvalidData, e))
+    }
+
+    /// Writes it to a file that only its owner can read.
+    pub fn save(&self, path: &Path) -> io::Result<()> {
+        durable::replace(path, format!("{self}\n").as_bytes())
     }
 
     /// The key that the proofs are made with.

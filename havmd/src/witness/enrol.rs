@@ -14,7 +14,7 @@ use super::register::Member;
 use super::{ALPN_ENROL, MAX_FRAME_BYTES};
 use crate::durable;
 use crate::frame;
-use crate::identity_store::{self, Myself, StoreError, WitnessPin, file_error};
+use crate::identity_store::{self, Myself, PairFile, StoreError, WitnessPin, file_error};
 use crate::pairing::code::{Code, MAX_ATTEMPTS, VALID_S};
 use crate::pairing::proof::{Binding, Proof, Prover, check, prove};
 use crate::random;
@@ -55,6 +55,9 @@ pub enum EnrolFailure {
         "the other end does not know the code: it is not the witness that printed it (is the address right?)"
     )]
     NotTheWitness,
+    /// Nobody to enrol with.
+    #[error("this node is not paired yet: `havm pair` first, a witness serves pairs")]
+    NotPaired,
     /// The conversation broke.
     #[error(
         "the enrolment broke off: {0}; make a new code with `havm witness --enrol` and try again"
@@ -112,16 +115,20 @@ fn now_unix_s() -> u64 {
 /// Makes a code for one pair, valid ten minutes, replacing an earlier one. A running witness with
 /// this state folder accepts it.
 pub fn new_code(dir: &Path) -> Result<Code, StoreError> {
-    let path = waiting_path(dir);
-    let code = Code::random().map_err(file_error("make a code for", &path))?;
+    let code = Code::random().map_err(file_error("make a code for", &waiting_path(dir)))?;
+    put_code(dir, &code)?;
+    Ok(code)
+}
+
+/// The same with a code that both sides have already (`--code-file`).
+pub fn put_code(dir: &Path, code: &Code) -> Result<(), StoreError> {
     let waiting = Waiting {
         code: code.to_string(),
         expires_unix_s: now_unix_s() + VALID_S,
         wrong_attempts: 0,
         used_by: None,
     };
-    identity_store::save(&path, &waiting)?;
-    Ok(code)
+    identity_store::save(&waiting_path(dir), &waiting)
 }
 
 /// The witness's side; `keep` makes the roster durable.
@@ -201,6 +208,29 @@ fn judge(dir: &Path, join: &Join, binding: &Binding) -> Result<Code, String> {
         Some(_) => return Err("this code was used by another pair".into()),
     }
     Ok(code)
+}
+
+/// `havm pair --witness ADDRESS CODE`: enrols this node, called `name`, and the peer that it is
+/// paired with. Run it on both nodes, with the same code.
+pub async fn enrol_pair(
+    address: SocketAddr,
+    code: &Code,
+    name: &str,
+    state_dir: &Path,
+) -> Result<WitnessPin, EnrolFailure> {
+    let me = Myself::load_or_create(state_dir)?;
+    let pair = PairFile::load(state_dir)?.ok_or(EnrolFailure::NotPaired)?;
+    let mine = Member {
+        node: me.node,
+        name: name.to_owned(),
+        fingerprint: me.identity.fingerprint(),
+    };
+    let peer = Member {
+        node: pair.peer,
+        name: pair.peer_name,
+        fingerprint: pair.peer_fingerprint,
+    };
+    enrol(address, code, &me, [mine, peer], state_dir).await
 }
 
 /// The node's side: enrols this node and its peer, and keeps the witness's pin in `state_dir`.

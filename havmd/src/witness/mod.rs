@@ -15,7 +15,7 @@ pub mod server;
 pub mod store;
 
 pub use client::{Probe, WitnessClient};
-pub use enrol::enrol;
+pub use enrol::{enrol, enrol_pair};
 pub use server::{Witness, serve};
 
 use havm_core::ids::Incarnation;
