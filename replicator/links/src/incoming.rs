@@ -300,8 +300,10 @@ impl Incoming {
             .tx
             .push(frame)
             .map_err(|e| ReplyError::Full(e.to_string()))?;
-        for link in state.links.iter().flatten() {
-            link.wake();
+        let links: Vec<Arc<Link>> = state.links.iter().flatten().cloned().collect();
+        drop(state);
+        for link in links {
+            link.send_now(&*self.hub);
         }
         Ok(())
     }

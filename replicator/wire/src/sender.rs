@@ -73,6 +73,8 @@ pub struct StripeSender {
     bytes: usize,
     window_bytes: usize,
     late_us: u64,
+    /// When the peer's position advanced last.
+    progress_us: u64,
 }
 
 impl StripeSender {
@@ -89,6 +91,7 @@ impl StripeSender {
             bytes: 0,
             window_bytes,
             late_us,
+            progress_us: 0,
         }
     }
 
@@ -104,7 +107,7 @@ impl StripeSender {
     pub fn has_next(&self, link: LinkIndex, now_us: u64) -> bool {
         self.first_unsent < self.next_seq()
             || !self.again.is_empty()
-            || self.late(now_us, |on| on != link).is_some()
+            || self.late(now_us, link).is_some()
     }
     /// Bytes that are not consumed yet.
     pub fn held_bytes(&self) -> usize {
@@ -144,18 +147,29 @@ impl StripeSender {
             self.first_unsent += 1;
             return self.give(self.first_unsent - 1, link, now_us);
         }
-        let late = self.late(now_us, |on| on != link)?;
+        let late = self.late(now_us, link)?;
+        // What else that link holds is late as well, or will be.
+        let stuck = self.slots.get((late - self.first_seq) as usize)?.on;
+        let with_it = self
+            .in_flight()
+            .filter(|(seq, s)| *seq > late && s.on == stuck);
+        let with_it: Vec<u64> = with_it.map(|(seq, _)| seq).collect();
+        self.again.extend(with_it);
         self.give(late, link, now_us)
     }
 
     /// When [`StripeSender::next`] may have a late frame for a link with nothing to do; none when
     /// all is received or waiting for a link anyway.
     pub fn late_at_us(&self) -> Option<u64> {
-        let at = |s: &Slot| s.sent_at_us.saturating_add(self.late_us);
-        self.in_flight()
-            .filter(|(_, s)| s.sent)
-            .map(|(_, s)| at(s))
-            .min()
+        self.in_flight().map(|(_, s)| self.late_from(s)).min()
+    }
+
+    /// Frames are late when the peer's position stands still as well: a busy receiver is not a
+    /// dead link.
+    fn late_from(&self, slot: &Slot) -> u64 {
+        slot.sent_at_us
+            .max(self.progress_us)
+            .saturating_add(self.late_us)
     }
 
     fn in_flight(&self) -> impl Iterator<Item = (u64, &Slot)> {
@@ -167,14 +181,15 @@ impl StripeSender {
             .take(LATE_SCAN)
             .enumerate()
             .map(move |(i, s)| (first + i as u64, s))
+            .filter(|(seq, _)| !self.again.contains(seq))
     }
 
-    fn late(&self, now_us: u64, usable: impl Fn(LinkIndex) -> bool) -> Option<u64> {
-        self.in_flight()
-            .find(|(_, s)| {
-                s.sent && usable(s.on) && now_us >= s.sent_at_us.saturating_add(self.late_us)
-            })
-            .map(|(seq, _)| seq)
+    /// The first late frame that another link than `link` carries.
+    fn late(&self, now_us: u64, link: LinkIndex) -> Option<u64> {
+        let mut late = self
+            .in_flight()
+            .filter(|(_, s)| now_us >= self.late_from(s));
+        late.find(|(_, s)| s.on != link).map(|(seq, _)| seq)
     }
 
     fn give(&mut self, seq: u64, link: LinkIndex, now_us: u64) -> Option<Outbound> {
@@ -192,11 +207,16 @@ impl StripeSender {
     }
 
     /// A link was welcomed by the peer's `session`, which stands at `position`.
-    pub fn link_up(&mut self, session: [u8; 16], position: Position) -> Result<(), SenderBroken> {
+    pub fn link_up(
+        &mut self,
+        session: [u8; 16],
+        position: Position,
+        now_us: u64,
+    ) -> Result<(), SenderBroken> {
         if *self.session.get_or_insert(session) != session {
             return Err(SenderBroken::PeerForgot);
         }
-        self.on_position(position).map(drop)
+        self.on_position(position, now_us).map(drop)
     }
 
     /// A link died: what it carried goes over the others, or over itself when it is back.
@@ -212,13 +232,16 @@ impl StripeSender {
     }
 
     /// The peer told its position over any link. True where that freed room.
-    pub fn on_position(&mut self, position: Position) -> Result<bool, SenderBroken> {
+    pub fn on_position(&mut self, position: Position, now_us: u64) -> Result<bool, SenderBroken> {
         if position.received >= self.first_unsent {
             let sent = self.first_unsent - 1;
             return Err(SenderBroken::FromTheFuture {
                 received: position.received,
                 sent,
             });
+        }
+        if self.first_unreceived <= position.received {
+            self.progress_us = now_us;
         }
         while self.first_unreceived <= position.received {
             let slot = (self.first_unreceived - self.first_seq) as usize;

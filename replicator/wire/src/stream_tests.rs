@@ -98,7 +98,9 @@ impl World {
             Act::Kill(l) => {
                 self.wires[*l].clear();
                 self.tx.link_down(*l);
-                self.tx.link_up([1; 16], self.rx.position()).unwrap();
+                self.tx
+                    .link_up([1; 16], self.rx.position(), self.now_us)
+                    .unwrap();
             }
             Act::Consume => {
                 if let Some(f) = self.rx.pop() {
@@ -107,7 +109,9 @@ impl World {
                 }
             }
             Act::TellPosition => {
-                self.tx.on_position(self.rx.position()).unwrap();
+                self.tx
+                    .on_position(self.rx.position(), self.now_us)
+                    .unwrap();
             }
             Act::Later => self.now_us += 150,
         }
@@ -182,6 +186,29 @@ fn a_late_frame_goes_over_the_idle_link_as_well() {
 }
 
 #[test]
+fn all_that_a_stuck_link_holds_goes_over_the_other_but_only_when_the_peer_stands_still() {
+    let mut tx = StripeSender::new(1 << 20, 100);
+    for i in 1..=4 {
+        tx.push(frame(i));
+    }
+    // 1 over link 1, the others over link 0.
+    assert_eq!(tx.next(1, 0).unwrap().seq, 1);
+    (2..=4).for_each(|i| assert_eq!(tx.next(0, 0).unwrap().seq, i));
+    tx.on_position(
+        Position {
+            received: 1,
+            consumed: 0,
+        },
+        90,
+    )
+    .unwrap();
+    assert!(tx.next(1, 150).is_none(), "the peer came on at 90");
+    assert_eq!(tx.late_at_us(), Some(190));
+    let again: Vec<u64> = std::iter::from_fn(|| tx.next(1, 190).map(|o| o.seq)).collect();
+    assert_eq!(again, [2, 3, 4]);
+}
+
+#[test]
 fn lies_and_amnesia_of_the_peer_break_the_stream() {
     let mut tx = StripeSender::new(1 << 20, 100);
     tx.push(frame(1));
@@ -190,12 +217,12 @@ fn lies_and_amnesia_of_the_peer_break_the_stream() {
         consumed: 0,
     };
     assert!(matches!(
-        tx.on_position(ahead),
+        tx.on_position(ahead, 0),
         Err(SenderBroken::FromTheFuture { .. })
     ));
-    tx.link_up([1; 16], Position::default()).unwrap();
+    tx.link_up([1; 16], Position::default(), 0).unwrap();
     assert_eq!(
-        tx.link_up([2; 16], Position::default()),
+        tx.link_up([2; 16], Position::default(), 0),
         Err(SenderBroken::PeerForgot)
     );
 }
