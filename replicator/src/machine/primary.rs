@@ -347,8 +347,10 @@ impl Machine {
     pub(super) fn resume(&mut self) -> Obeyed {
         let p = primary!(self);
         p.receiver = None;
-        self.end_stream();
         self.env.nics.pass(true);
+        self.end_stream();
+        // A handed guest's stream is gone already, its tracking is not.
+        self.env.disks.end_tracking().map_err(text)?;
         let p = primary!(self);
         p.mode = Mode::Solo;
         p.running = true;
@@ -423,9 +425,10 @@ impl Machine {
                 self.report(Report::HandedOver { term, n, ports });
             }
             Err(why) => {
-                // Nothing was given away yet: go on as before, by the way of a broken stream.
+                // Nothing was given away yet, but the stream has ended.
                 p.guest.tell(Cmd::Run);
-                self.report(Report::HandOverFailed { term, why });
+                self.report(Report::HandOverFailed { term, why: why.clone() });
+                self.report(Report::StreamBroken { term, why });
             }
         }
     }

@@ -254,6 +254,9 @@ impl Worker {
                 }
                 self.pages.clear();
                 self.session = Some(s);
+                // The first epoch is due at once: a new primary's output waits for it.
+                let now = Instant::now();
+                self.last_barrier = now.checked_sub(self.parts.pacing.max).unwrap_or(now);
             }
             Cmd::Arm => {
                 if let Some(s) = &mut self.session {
