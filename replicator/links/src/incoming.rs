@@ -20,6 +20,7 @@ use havm_wire::raw::RawFrame;
 use havm_wire::receiver::Reorder;
 use havm_wire::sender::{Outbound, Repeater};
 use havm_wire::version::WIRE_VERSION;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustls::ServerConfig;
 use std::collections::VecDeque;
 use std::io;
@@ -146,6 +147,8 @@ struct Hub {
     /// An offered stream was decided, or all is over.
     decided: Condvar,
     closed: AtomicBool,
+    /// Rings when it is over.
+    bell: EventFd,
     stop: Stop,
     tell: AtomicBool,
     /// See [`Beating::heard_before_us`].
@@ -184,6 +187,8 @@ impl Incoming {
             news: Condvar::new(),
             decided: Condvar::new(),
             closed: AtomicBool::new(false),
+            bell: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
+                .map_err(io::Error::from)?,
             stop: Stop::default(),
             tell: AtomicBool::new(false),
             heard_us: AtomicU64::new(0),
@@ -333,10 +338,8 @@ impl Drop for Incoming {
         hub.stop.stop();
         lock(&hub.state).end_session("closed on this side");
         hub.decided.notify_all();
-        for port in &hub.ports {
-            // A listener sleeps in accept: a connection of our own wakes it.
-            let _ = TcpStream::connect_timeout(port, Duration::from_millis(200));
-        }
+        // Never read, so every listener sees it. Full means that it rings already.
+        let _ = hub.bell.write(1);
     }
 }
 
@@ -409,12 +412,13 @@ impl State {
 impl Hub {
     fn accept_all(self: &Arc<Self>, index: usize, listener: &TcpListener) {
         loop {
-            let accepted = listener.accept();
+            let accepted = listen::accept(listener, &self.bell);
             if self.closed.load(SeqCst) {
                 return;
             }
             let (sock, from) = match accepted {
-                Ok(a) => a,
+                Ok(Some(a)) => a,
+                Ok(None) => continue,
                 Err(e) => {
                     tracing::warn!(index, "cannot accept a connection: {e}");
                     // Out of descriptors, most likely: some time may free some.

@@ -152,8 +152,11 @@ impl Link {
             Ok(conn) => self.send_what_is_there(conn, side),
             Err(_) => Ok(true),
         };
+        if let Err(why) = &sent {
+            self.close(&why.to_string());
+        }
         // The thread still sleeps as before; from here on others ring it again. It has to look
-        // itself where the socket is full, where it failed, and where more came just now.
+        // itself where the socket is full, and where more came just now.
         self.asleep.store(true, SeqCst);
         if !matches!(sent, Ok(false)) || side.has_next(self.index, self.gen_id) {
             self.wake();
@@ -193,9 +196,12 @@ impl Link {
             return;
         };
         if !conn.is_blocked() {
-            // An error shows in the link's own thread as well.
-            let _ = say_position(&mut conn, position).and_then(|()| Ok(conn.flush()?));
+            let said = say_position(&mut conn, position).and_then(|()| Ok(conn.flush()?));
             self.count_sent(&mut conn);
+            drop(conn);
+            if let Err(why) = said {
+                self.close(&why.to_string());
+            }
         }
     }
 

@@ -1,8 +1,11 @@
 //! Ports to listen on.
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
 
 /// No port could be had.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +39,10 @@ fn bind_one(ip: IpAddr, ports: &RangeInclusive<u16>) -> Result<TcpListener, List
     for port in ports.clone() {
         let addr = SocketAddr::new(ip, port);
         match TcpListener::bind(addr) {
-            Ok(listener) => return Ok(listener),
+            Ok(listener) => {
+                let made = listener.set_nonblocking(true).map(|()| listener);
+                return made.map_err(|source| ListenError::Bind { addr, source });
+            }
             Err(source) if source.kind() == io::ErrorKind::AddrInUse => {
                 last = Some(ListenError::Bind { addr, source });
             }
@@ -44,4 +50,31 @@ fn bind_one(ip: IpAddr, ports: &RangeInclusive<u16>) -> Result<TcpListener, List
         }
     }
     Err(last.unwrap_or(ListenError::NoAddress))
+}
+
+/// The next connection; none when the bell rang or the connection is gone already.
+pub(crate) fn accept(
+    listener: &TcpListener,
+    bell: &EventFd,
+) -> io::Result<Option<(TcpStream, SocketAddr)>> {
+    let wait = |fd| PollFd::new(fd, PollFlags::POLLIN);
+    match poll(
+        &mut [wait(listener.as_fd()), wait(bell.as_fd())],
+        PollTimeout::NONE,
+    ) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Err(e) => return Err(e.into()),
+    }
+    match listener.accept() {
+        Ok(accepted) => Ok(Some(accepted)),
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
 }

@@ -336,6 +336,35 @@ mod tests {
         );
     }
 
+    /// AES-GCM keys are good for 2^24 records; a stream of a few hours has more.
+    #[test]
+    #[ignore = "takes some 20 s in the dev profile: run it when rustls changes"]
+    fn a_connection_outlives_its_keys() {
+        let (a, b) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+        let client = client_config(&a, &pin(&b), ALPN_DATA).unwrap();
+        let server = server_config(&b, &pin(&a), ALPN_DATA).unwrap();
+        let (mut c, mut s) = handshake(client, server).unwrap();
+        let (mut wire, mut got) = (Vec::new(), 0u64);
+        for i in 0..(1u64 << 24) + 1000 {
+            std::io::Write::write_all(&mut c.writer(), &[i as u8]).unwrap();
+            c.write_tls(&mut wire).unwrap();
+            s.read_tls(&mut wire.as_slice()).unwrap();
+            s.process_new_packets().unwrap();
+            wire.clear();
+            let mut byte = [0];
+            std::io::Read::read_exact(&mut s.reader(), &mut byte).unwrap();
+            assert_eq!(byte[0], i as u8);
+            got += 1;
+            if s.wants_write() {
+                s.write_tls(&mut wire).unwrap();
+                c.read_tls(&mut wire.as_slice()).unwrap();
+                c.process_new_packets().unwrap();
+                wire.clear();
+            }
+        }
+        assert!(got > 1 << 24);
+    }
+
     #[test]
     fn another_protocol_is_refused() {
         let (a, b) = (Identity::generate().unwrap(), Identity::generate().unwrap());

@@ -401,6 +401,21 @@ fn a_standby_that_lost_its_memory_breaks_the_stream() {
 }
 
 #[test]
+fn a_dropped_listener_gives_its_ports_back() {
+    let (a, b) = (Identity::generate().unwrap(), Identity::generate().unwrap());
+    let incoming = listen(&b, &a, 2, 1 << 20);
+    let ports = incoming.ports().to_vec();
+    drop(incoming);
+    let deadline = Instant::now() + LONG;
+    for port in ports {
+        while std::net::TcpListener::bind(port).is_err() {
+            assert!(Instant::now() < deadline, "{port} is still taken");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
 fn goodbye_is_the_last_thing_that_arrives() {
     let Pair { out, incoming, .. } = pair();
     std::thread::scope(|s| {
