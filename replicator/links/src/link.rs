@@ -36,6 +36,14 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Lets the calling thread run sooner than normal ones (nice -10): for threads on the way of an
+/// epoch or its ack, which held output waits for. Without CAP_SYS_NICE nothing changes.
+pub fn run_sooner() {
+    if let Err(e) = crate::sys::run_sooner() {
+        tracing::debug!("a thread of the stream keeps its normal priority: {e}");
+    }
+}
+
 /// Traffic of one link since the start.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
@@ -215,6 +223,7 @@ impl Link {
 
     /// Carries the stream until the link fails; the reason.
     pub fn run(&self, side: &dyn Side) -> LinkError {
+        run_sooner();
         let error = match self.work(side) {
             Ok(never) => match never {},
             Err(e) => e,

@@ -20,6 +20,18 @@ pub(crate) fn run_first(priority: i32) -> io::Result<()> {
     }
 }
 
+/// Lets the calling thread run sooner than others of normal priority, without starving them: for
+/// threads that a guest's held output waits for. Needs CAP_SYS_NICE; without it the thread stays
+/// as it is.
+pub(crate) fn run_sooner() -> io::Result<()> {
+    const NICE: i32 = -10;
+    // SAFETY: plain numbers; on Linux, PRIO_PROCESS with 0 means the calling thread alone.
+    match unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// The socket takes more only while less than `bytes` wait in it unsent: so a slow link does not
 /// hoard frames that another could carry.
 pub(crate) fn limit_unsent(socket: &TcpStream, bytes: u32) -> io::Result<()> {
