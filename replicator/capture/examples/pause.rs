@@ -74,6 +74,7 @@ fn main() {
         first: &touch,
         work: &work,
         extra: &[],
+        user: None,
     });
     let mut qmp = guest.connect();
     std::thread::sleep(Duration::from_secs(2));

@@ -345,6 +345,8 @@ impl Capture {
             what: "make room for pages",
             source,
         })?;
+        self.ranges.reserve(room);
+        self.copies.reserve(room);
         self.state.rewind()?;
         qmp.poll_events()?;
         let before = qmp.queued_events().last().map_or(0, |e| e.seq);

@@ -32,6 +32,12 @@ impl Copies {
         self.bytes = 0;
     }
 
+    /// Makes room for the plans of so many pages, before a pause.
+    pub(crate) fn reserve(&mut self, pages: usize) {
+        self.clear();
+        self.mapped.reserve(pages);
+    }
+
     /// Plans a copy from our mapping.
     pub(crate) fn mapped(&mut self, from: *const u8, to: *mut u8, len: usize) {
         self.mapped.push((from as usize, to as usize, len));

@@ -24,6 +24,7 @@ fn spec<'a>() -> Spec<'a> {
         first: "",
         work: WORK,
         extra: &["-device", "VGA"],
+        user: None,
     }
 }
 
@@ -147,6 +148,53 @@ fn every_kind_of_epoch(options: Options) {
         qmp.take_events().for_each(drop);
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// As libvirt runs QEMU: an unprivileged user, under the seccomp sandbox.
+#[test]
+fn a_sandboxed_qemu_of_another_user_is_captured() {
+    let sandbox = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+    let guest = Guest::start(&Spec {
+        extra: &["-sandbox", sandbox],
+        user: Some(65534),
+        ..spec()
+    });
+    let mut qmp = guest.connect();
+    let mut capture = Capture::attach(&mut qmp).expect("attach");
+    let mut shadow = Shadow::new(capture.blocks());
+    let (mut set, mut state) = (PageSet::new(), Vec::new());
+    first_round(&mut capture, &mut set, &mut shadow);
+    capture
+        .checkpoint(&mut qmp, &mut set, &mut state, &mut || {}, false)
+        .expect("checkpoint");
+    shadow.apply(&set);
+    shadow.check(guest.pid(), "sandboxed");
+}
+
+/// Tracing must not disturb what the traced thread was doing, however often it happens.
+#[test]
+fn attaching_again_and_again_does_not_disturb_qemu() {
+    let guest = Guest::start(&spec());
+    let count = || {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", guest.pid())).expect("needs root");
+        fds.flatten()
+            .filter(|e| {
+                std::fs::read_link(e.path())
+                    .is_ok_and(|t| t.as_os_str() == "anon_inode:[userfaultfd]")
+            })
+            .count()
+    };
+    for n in 0..20 {
+        let mut qmp = guest.connect();
+        let capture = Capture::attach(&mut qmp).expect("attach");
+        assert_eq!(capture.taken_again(), n > 0);
+        let state =
+            std::fs::read_to_string(format!("/proc/{}/status", guest.pid())).expect("status");
+        assert!(state.contains("TracerPid:\t0"), "still traced");
+        let status = qmp.run_state().expect("status");
+        assert_eq!(status, (true, "running".into()));
+    }
+    assert_eq!(count(), 1, "descriptors pile up in QEMU");
 }
 
 /// What the killed process does: captures until it is killed, which may be at any instruction.

@@ -32,6 +32,8 @@ pub struct Spec<'a> {
     /// Shell loop body run by init, for ever.
     pub work: &'a str,
     pub extra: &'a [&'a str],
+    /// Run QEMU as this user, who must be able to read the guest kernel's folder.
+    pub user: Option<u32>,
 }
 
 pub fn kernel() -> PathBuf {
@@ -66,7 +68,18 @@ impl Guest {
         let ram = dir.path().join("ram");
         let qmp = dir.path().join("qmp");
         let serial = dir.path().join("serial");
-        let child = Command::new("qemu-system-x86_64")
+        let image = dir.path().join("kernel");
+        std::fs::copy(kernel(), &image).expect("copy the kernel");
+        let mut command = Command::new("qemu-system-x86_64");
+        if let Some(user) = spec.user {
+            use std::os::unix::fs::{PermissionsExt, chown};
+            use std::os::unix::process::CommandExt;
+            chown(dir.path(), Some(user), Some(user)).expect("needs root");
+            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))
+                .expect("chmod");
+            command.uid(user).gid(user);
+        }
+        let child = command
             .args([
                 "-nodefaults",
                 "-display",
@@ -85,7 +98,7 @@ impl Guest {
                 spec.ram_mib
             ))
             .arg("-kernel")
-            .arg(kernel())
+            .arg(&image)
             .arg("-initrd")
             .arg(dir.path().join("init.cpio"))
             .args([
