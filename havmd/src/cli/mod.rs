@@ -5,6 +5,7 @@ mod config;
 mod events;
 mod exit;
 mod guest;
+mod pair;
 mod status;
 mod talk;
 mod wait;
@@ -100,6 +101,10 @@ pub enum Command {
     },
     /// What this host has and lacks.
     Check,
+    /// Make this node and the other one known to each other, or enrol both at a witness.
+    Pair(pair::Pair),
+    /// Be the witness of pairs (on a third machine), or prepare it.
+    Witness(pair::WitnessArgs),
     /// About the configuration file.
     Config {
         /// What.
@@ -182,6 +187,8 @@ pub fn run(cli: Cli) -> Exit {
             last,
         } => events::run(&daemon, guest, json, follow, last),
         Command::Check => check::run(&cli.config),
+        Command::Pair(args) => pair::run(args, &cli.config),
+        Command::Witness(args) => pair::witness(args),
         Command::Config { what } => config::run(what, &cli.config),
         Command::Version => {
             println!("havm {}", env!("CARGO_PKG_VERSION"));
