@@ -138,11 +138,11 @@ async fn pair(test: u8) -> Pair {
     }
 }
 
-fn note(term: u64) -> Envelope {
+fn note(from: NodeId, term: u64) -> Envelope {
     Envelope {
         guest: "web".parse().expect("a name"),
         term: Term(term),
-        from: A,
+        from,
         from_life: None,
         to_life: None,
         body: Body::Conf,
@@ -173,24 +173,24 @@ async fn messages_come_once_and_in_order_whichever_link_lives() {
     links_are(&mut p.a_served, [true, true]).await;
     links_are(&mut p.b_served, [true, true]).await;
     for t in 0..200 {
-        assert!(p.a.send(note(t)));
+        assert!(p.a.send(note(A, t)));
     }
     for t in 0..200 {
         let got = timeout(SOON, p.b_served.messages.recv())
             .await
             .expect("in time")
             .expect("a message");
-        assert_eq!(got, note(t));
+        assert_eq!(got, note(A, t));
     }
     // A cut cable delays nothing, and is noticed.
     p.cables[0].cut(true);
     let t = Instant::now();
-    assert!(p.a.send(note(1000)));
+    assert!(p.a.send(note(A, 1000)));
     let got = timeout(SOON, p.b_served.messages.recv())
         .await
         .expect("in time")
         .expect("a message");
-    assert_eq!(got, note(1000));
+    assert_eq!(got, note(A, 1000));
     assert!(
         t.elapsed() < Duration::from_millis(500),
         "{:?}",
@@ -203,12 +203,12 @@ async fn messages_come_once_and_in_order_whichever_link_lives() {
     links_are(&mut p.a_served, [true, true]).await;
     p.cables[1].cut(true);
     links_are(&mut p.a_served, [true, false]).await;
-    assert!(p.b.send(note(7)));
+    assert!(p.b.send(note(B, 7)));
     assert_eq!(
         timeout(SOON, p.a_served.messages.recv())
             .await
             .expect("in time"),
-        Some(note(7))
+        Some(note(B, 7))
     );
     assert!(
         p.b_served.messages.try_recv().is_err(),
@@ -287,12 +287,12 @@ async fn a_restarted_daemon_is_connected_again() {
     links_are(&mut a_served, [true, true]).await;
     // Its messages are new, though a's numbers went on and the new session's begin again.
     links_are(&mut b_served, [true, true]).await;
-    assert!(a.send(note(5)));
+    assert!(a.send(note(A, 5)));
     assert_eq!(
         timeout(SOON, b_served.messages.recv())
             .await
             .expect("in time"),
-        Some(note(5))
+        Some(note(A, 5))
     );
 }
 
@@ -335,12 +335,33 @@ async fn noise_and_strangers_disturb_nothing() {
         assert!(e.is_err(), "{e:?}");
     }
     links_are(&mut p.a_served, [true, true]).await;
-    assert!(p.a.send(note(1)));
+    // A message in another's name is not believed, even from the peer.
+    assert!(p.a.send(note(B, 9)));
+    assert!(p.a.send(note(A, 1)));
     assert_eq!(
         timeout(SOON, p.b_served.messages.recv())
             .await
             .expect("in time"),
-        Some(note(1))
+        Some(note(A, 1))
     );
     assert!(p.b_served.requests.try_recv().is_err());
+}
+
+/// How long a message takes; prints it: `cargo test -p havm-daemon --test peer -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn how_long_a_message_takes() {
+    let mut p = pair(5).await;
+    links_are(&mut p.a_served, [true, true]).await;
+    links_are(&mut p.b_served, [true, true]).await;
+    let mut took = Vec::new();
+    for t in 0..500 {
+        let start = Instant::now();
+        assert!(p.a.send(note(A, t)));
+        p.b_served.messages.recv().await.expect("a message");
+        took.push(start.elapsed());
+        sleep(Duration::from_millis(1)).await;
+    }
+    took.sort();
+    println!("one way, p50 {:?}, p99 {:?}", took[250], took[495]);
 }

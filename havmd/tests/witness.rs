@@ -410,3 +410,27 @@ async fn wait_until_here(c: &WitnessClient) {
     }
     panic!("the witness did not come up in time");
 }
+
+/// How long a grant takes, its sync included; prints it:
+/// `cargo test -p havm-daemon --test witness -- --ignored --nocapture`
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn how_long_a_grant_takes() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let nodes = Nodes::new();
+    let (at, _) = start(dir.path()).await;
+    let incarnation = enrolled(dir.path(), &nodes, at).await;
+    let a = nodes.client(0, at);
+    a.create_key(&web(), Term(1), nodes.id(0), SOON)
+        .await
+        .expect("made");
+    let mut took = Vec::new();
+    for t in 1..201 {
+        let start = Instant::now();
+        let r = ask(&a, incarnation, t, t + 1).await;
+        assert!(matches!(r, WitnessReply::Granted { .. }), "{r:?}");
+        took.push(start.elapsed());
+    }
+    took.sort();
+    println!("a grant, p50 {:?}, p99 {:?}", took[100], took[198]);
+}

@@ -18,9 +18,8 @@ pub use rt::{Scheduling, monotonic};
 pub use session::LinkCounters;
 pub use socket::BeatLink;
 
-use crate::identity_store::{PairFile, PairKey};
+use crate::identity_store::PairKey;
 use crate::random;
-use havm_config::Config;
 use havm_core::detector::{Detector, DetectorSettings};
 use havm_core::event::Peer;
 use havm_core::ids::NodeId;
@@ -58,29 +57,6 @@ pub struct BeatSettings {
     pub links: Vec<BeatLink>,
     /// Interval and thresholds.
     pub detector: DetectorSettings,
-}
-
-impl BeatSettings {
-    /// As the config and the pairing say.
-    pub fn from_config(config: &Config, pair: &PairFile) -> Self {
-        let port = config.peer.beat_port;
-        let links = config.peer.links.iter().map(|l| BeatLink {
-            local: (l.local, port).into(),
-            peer: (l.peer, port).into(),
-        });
-        let lost_after = Duration::from_millis(config.detection.lost_ms);
-        BeatSettings {
-            node: pair.node,
-            peer: pair.peer,
-            key: pair.pair_key.clone(),
-            links: links.collect(),
-            detector: DetectorSettings {
-                interval: Duration::from_millis(config.detection.beat_ms),
-                suspect_after: lost_after / 2,
-                lost_after,
-            },
-        }
-    }
 }
 
 /// What the daemon is told.

@@ -179,6 +179,10 @@ impl Shared {
         match packet {
             Packet::Ping | Packet::Hello { .. } => {}
             Packet::Note { seq, envelope } => {
+                if envelope.from != self.peer {
+                    tracing::warn!(from = ?envelope.from, "a message in another node's name is dropped");
+                    return;
+                }
                 if self.lock().heard.is_new(session, seq) && self.notes.try_send(*envelope).is_err()
                 {
                     // The engine repeats what it needs; a daemon that is that late has other worries.
