@@ -141,7 +141,7 @@ pub enum Command {
     /// Start a replicator, or connect to the one that runs; then `ReplicatorUp`.
     StartReplicator,
     /// End the replicator: `Quit`, and kill it when it is still there after a second; then
-    /// `ReplicatorLost`.
+    /// `ReplicatorLost`, also where there was none.
     StopReplicator,
     /// Start the guest's QEMU paused, from its disk; then `GuestStarted` or `GuestStartFailed`.
     /// The daemon keeps the life beside the process, so that a later daemon finds it.

@@ -215,6 +215,8 @@ pub struct Engine {
     cold_due: bool,
     hand_due: bool,
     ask: Option<Ask>,
+    /// Since when the standby's daemon says that its copy is lost, while the stream lives.
+    doubt: Option<Duration>,
     hand: Hand,
     take_over: Option<TakeOver>,
     confirming: bool,
@@ -287,6 +289,7 @@ impl Engine {
             cold_due: false,
             hand_due: false,
             ask: None,
+            doubt: None,
             hand: Hand::No,
             take_over: None,
             confirming: false,

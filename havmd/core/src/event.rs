@@ -178,7 +178,8 @@ pub enum Event {
     WitnessSeen(Option<Incarnation>),
     /// The answer to a `Fence` command.
     Fence(FenceOutcome),
-    /// `Persist` failed: the rest of that event's commands was dropped.
+    /// `Persist` failed: the rest of that event's commands was dropped. This is delivered before
+    /// any other event.
     PersistFailed {
         /// For a person.
         why: String,

@@ -391,7 +391,12 @@ impl World {
         let ack = (v.complete && v.confirmed).then_some(v.n);
         let (complete, at) = (v.complete, v.point);
         if complete {
+            // The commit record is durable at first; later ones get to the disk now and then.
+            let durable = !reports.is_empty() || self.rng.chance(1, 4);
             self.nodes[node].disk.now = at;
+            if durable {
+                self.nodes[node].disk.flushed = at;
+            }
         }
         for r in reports {
             self.report(node, r);

@@ -236,7 +236,12 @@ impl World {
 
     fn go(&mut self) {
         let end = self.setup.faults_us + self.setup.heal_us;
+        let mut at_once = 0;
         while let Some(Reverse(item)) = self.queue.pop() {
+            at_once = if item.at == self.now { at_once + 1 } else { 0 };
+            if at_once > 20_000 {
+                return self.check.fail("time stands still: something goes round in circles");
+            }
             self.now = item.at;
             if self.check.wrong.is_some() || self.healed_us.is_some() {
                 return;
@@ -522,12 +527,12 @@ impl World {
         match c {
             Command::Persist(rec) => {
                 if self.faulty && self.allowed(crate::faults::Fault::Persist) && self.rng.chance(1, 100) {
-                    self.push(0, Ev::Deliver { node, session, event: Event::PersistFailed { why: "disk full".into() } });
                     // It may have reached the disk in spite of the error.
                     if self.rng.chance(1, 2) {
-                        return false;
+                        self.store(node, *rec);
                     }
-                    self.store(node, *rec);
+                    let event = Event::PersistFailed { why: "disk full".into() };
+                    self.deliver(node, Some(session), event);
                     return false;
                 }
                 self.store(node, *rec);

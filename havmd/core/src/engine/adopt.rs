@@ -69,7 +69,10 @@ impl Engine {
         if let Some(mode) = self.mode() {
             self.attach = Attach::Done;
             // Promoted before this daemon started.
-            let waits = matches!(mode, Mode::Waiting | Mode::Receiving | Mode::Eligible | Mode::Sealed);
+            let waits = matches!(
+                mode,
+                Mode::Waiting | Mode::Receiving | Mode::Eligible | Mode::Sealed
+            );
             self.waiting &= waits || mode == Mode::Idle;
         } else if primary && self.life.is_some() {
             // Taken for promoted; were it not, it could not be attached as a primary.
@@ -79,7 +82,16 @@ impl Engine {
             self.change(|r| r.intent = Intent::Stopped);
         }
         match (rec.role, rec.status) {
-            (Role::Solo, _) => self.adopt_solo(rec.term),
+            (Role::Solo, _) => {
+                if self.life.is_none() && !rec.cold {
+                    self.notice(
+                        NoticeKind::Warning,
+                        Severity::Alarm,
+                        "this node failed in the moment between a failover and the flush of its disk: the guest starts from a disk that may lack its last writes; check its data",
+                    );
+                }
+                self.adopt_solo(rec.term);
+            }
             (Role::Protected, RoleStatus::Active) => self.adopt_protected(&rec),
             (Role::Protected, RoleStatus::Handing) => self.adopt_handing(),
             (Role::Eligible, RoleStatus::Active) => self.adopt_eligible(&rec),

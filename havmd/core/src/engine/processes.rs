@@ -73,6 +73,10 @@ impl Engine {
         if asked {
             return;
         }
+        // The word may be of an older process: whatever runs must not go on unseen, acking for a
+        // life that is over.
+        self.out.push(Command::StopReplicator);
+        self.rep = Rep::Stopping;
         self.notice(
             NoticeKind::ReplicatorCrashed,
             Severity::Warning,
@@ -141,7 +145,7 @@ impl Engine {
         if matches!(self.qemu, Qemu::Killing | Qemu::None) {
             return;
         }
-        self.qemu = Qemu::None;
+        // Killed all the same below: the word may be of an older process than the one that is here.
         // A guest that was told to stop, or said that it shuts down, was not lost.
         let intended = intended || self.intent() == Intent::Stopped;
         let streamed = self.link == Link::Protected && self.stream == Stream::Alive;
@@ -180,7 +184,10 @@ impl Engine {
                 self.standby_lost();
                 self.back_off();
             }
-            None => self.end_life(),
+            None => {
+                self.qemu = Qemu::None;
+                self.end_life();
+            }
         }
     }
 

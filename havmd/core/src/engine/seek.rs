@@ -80,8 +80,8 @@ impl Engine {
             Verdict::Fine => {
                 self.back();
                 match self.armed_deadline() {
-                    Some(at) => self.timers.set(Timer::StreamGrace, at),
-                    None => self.timers.stop(Timer::StreamGrace),
+                    Some(at) if self.ask.is_none() => self.timers.set(Timer::StreamGrace, at),
+                    _ => self.timers.stop(Timer::StreamGrace),
                 }
                 if self.ask.is_some_and(|a| a.silence) && self.link == Link::Protected {
                     self.ask = None;

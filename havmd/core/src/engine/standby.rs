@@ -73,6 +73,7 @@ impl Engine {
         self.hand_due = false;
         self.frozen = false;
         self.unreachable = false;
+        self.doubt = None;
         self.confirming = false;
         self.take_over = None;
         self.hand = Hand::No;
@@ -91,9 +92,11 @@ impl Engine {
 
     /// A solo primary of my own term looks for its standby.
     pub(super) fn join_primary(&mut self, t: Target) {
-        if t.intent != self.intent() {
-            self.change(|r| r.intent = t.intent);
-        }
+        // Nothing is written while both are known already.
+        self.change(|r| {
+            r.intent = t.intent;
+            r.generation = t.generation;
+        });
         let new_primary = self.join.is_some_and(|old| old.life != t.life);
         self.join = Some(t);
         if self.image_ready && !new_primary {

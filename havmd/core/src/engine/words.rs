@@ -105,13 +105,9 @@ impl Engine {
             if self.confirming {
                 self.send(peer, Body::Conf);
                 again = true;
-            } else if matches!(self.link, Link::Armed(_)) {
-                self.send(
-                    peer,
-                    Body::Protect {
-                        arbiter: rec.arbiter,
-                    },
-                );
+            }
+            if matches!(self.link, Link::Armed(_)) {
+                self.send(peer, Body::Protect { arbiter: rec.arbiter });
                 again = true;
             }
             if self.ask.is_some() {
@@ -241,14 +237,27 @@ impl Engine {
             (Role::Protected, RoleStatus::Active | RoleStatus::Handing) => {
                 if self.life.is_none() {
                     self.peer_of_lost_primary(rec, role, t);
-                } else if standby && t.life != self.peer_life() && self.stream != Stream::Alive {
-                    self.ask_yield(false);
+                } else if standby && t.life != self.peer_life() {
+                    self.standby_says_lost();
                 }
             }
             (Role::Eligible, RoleStatus::Active) => self.hello_back(),
             (Role::Ineligible, RoleStatus::Active) if role == Role::Protected => self.hello_back(),
             (_, RoleStatus::Yielded) => self.send_yield(),
             _ => {}
+        }
+    }
+
+    /// The standby's daemon says that its copy is another one. While the stream lives this may be
+    /// an old message; said again after a while, it is true.
+    fn standby_says_lost(&mut self) {
+        let patience = self.set.yield_patience;
+        match self.doubt {
+            _ if self.stream != Stream::Alive => self.ask_yield(false),
+            Some(t) if self.now > t + patience * 3 => self.doubt = Some(self.now),
+            Some(t) if self.now > t + patience => self.ask_yield(false),
+            Some(_) => {}
+            None => self.doubt = Some(self.now),
         }
     }
 

@@ -23,7 +23,14 @@ struct Args {
     keep_going: bool,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() {
+    if let Err(e) = work() {
+        println!("{e}");
+        std::process::exit(1);
+    }
+}
+
+fn work() -> anyhow::Result<()> {
     let args = Args::parse();
     let setup = |seed| Setup { faults_us: args.seconds * 1_000_000, ..Setup::seed(seed) };
     if let Some(seed) = args.seed {
