@@ -103,7 +103,7 @@ impl Pair {
         self.lab.files(Host::Gamma).add_boot(
             "10-witness",
             &format!(
-                "#!/bin/sh\nexec {havm} witness --listen 10.78.0.3:7422 --state /var/lib/havm/witness\n"
+                "#!/bin/sh\nexec {havm} witness --listen 10.78.0.3:7422 --state-dir /var/lib/havm/witness\n"
             ),
         )?;
         self.background(Host::Gamma, "10-witness")?;

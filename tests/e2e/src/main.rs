@@ -1,0 +1,55 @@
+//! `havm-e2e`: the real thing on the lab. `demo`, `run [SCENARIO…]`, `list`, `up`.
+
+mod outside;
+mod pair;
+mod pairing;
+mod story;
+mod wait;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use havm_guest::domain::Domain;
+use havm_lab::Host;
+use pair::{Pair, Setup};
+use std::process::ExitCode;
+
+/// End-to-end tests and the demo of havm, on two hosts in this machine.
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Bring up a pair with a protected guest and leave it running.
+    Up,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("havm-e2e: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Up => up(),
+    }
+}
+
+fn up() -> Result<()> {
+    story::tell("bringing up two hosts, a witness and a client");
+    let mut pair = Pair::up(&Setup::default())?;
+    pair.lab.keep();
+    story::tell("protecting the guest `web`, at home on alpha");
+    let took = pair.protect(&Domain::new("web", 10), Host::Alpha)?;
+    story::tell(format!("protected after {:.1} s", took.as_secs_f64()));
+    println!("{}", pair.havm_ok(Host::Alpha, &["status"])?);
+    println!("It is yours: README.md says what to try. `make lab-down` removes it.");
+    Ok(())
+}
