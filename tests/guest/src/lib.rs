@@ -21,4 +21,8 @@ pub mod proto;
 pub mod report;
 
 #[cfg(feature = "host")]
+pub mod client;
+#[cfg(feature = "host")]
 pub mod image;
+#[cfg(feature = "host")]
+pub mod recorder;

@@ -402,6 +402,21 @@ impl Lab {
         self.outside(SWITCH, program)
     }
 
+    /// The testifying guest's client ([`havm_guest::client`]) in the outside world, or, with
+    /// `record` first, its recorder at the switches, where the ports are called lan-alpha, lan-beta…
+    pub fn testify(&self, arguments: &[&str]) -> Result<Command> {
+        let lab = place::program("lab")?;
+        let program = lab
+            .to_str()
+            .context("the path of `lab` is not plain text")?;
+        let mut command = match arguments.first() {
+            Some(&"record") => self.switch_command(program)?,
+            _ => self.client_command(program)?,
+        };
+        command.arg("__testify").args(arguments);
+        Ok(command)
+    }
+
     fn outside(&self, at: &str, program: &str) -> Result<Command> {
         let mut command = self.joined(CLIENT)?;
         let net = netns_path(&netns(&self.name, at));

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use havm_guest::client::cli::{ClientCommand, work as work_as_client};
 use havm_guest::domain::Domain;
 use havm_guest::image::{GuestFiles, make_disk};
 use havm_lab::status::Status;
@@ -63,6 +64,19 @@ enum Command {
         /// The command and its arguments.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         command: Vec<String>,
+    },
+    /// Run the testifying guest's client in the outside world, or its frame recorder at the
+    /// switches: `testify run 10.9.0.10 --seconds 5`, `testify record lan-alpha lan-beta`.
+    Testify {
+        /// What testify-client takes; `testify --help` lists it.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// The same, already in place.
+    #[command(name = "__testify", hide = true)]
+    TestifyHere {
+        #[command(subcommand)]
+        command: ClientCommand,
     },
     /// Say how hosts, guests and links are.
     Status {
@@ -195,6 +209,17 @@ fn work(cli: Cli) -> Result<()> {
             let program = command.first().context("no command")?;
             become_command(lab.client_command(program)?, &command[1..])
         }
+        Command::Testify { arguments } => {
+            if arguments.is_empty() || arguments.iter().any(|a| a == "--help" || a == "-h") {
+                let here = std::env::current_exe().context("finding this program")?;
+                let mut help = std::process::Command::new(here);
+                help.arg("__testify");
+                return become_command(help, &[&arguments[..], &["--help".to_owned()]].concat());
+            }
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            become_command(lab.testify(&arguments)?, &[])
+        }
+        Command::TestifyHere { command } => work_as_client(command),
         Command::Status { json } => {
             let status = Status::of(&lab)?;
             if json {

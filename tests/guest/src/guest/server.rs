@@ -10,7 +10,7 @@ use crate::proto::{
     self, Answer, ECHO_PORT, Kind, NO_RECORD, PORT, Record, Request, Verdict, read_request,
 };
 use crate::report::{Ask, ConnSeen, MAX_DUMP_RECORDS, Seen};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -21,12 +21,47 @@ const MAX_CONNECTIONS: usize = 128;
 /// A client that does not take an answer for this long loses its connection: it holds the lock.
 const SEND_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How many of a connection's last answers are remembered one by one: a client may have that many
+/// requests under way.
+const REMEMBERED: usize = 512;
+
 #[derive(Default)]
 struct History {
     counter: u64,
     answers: u64,
     unknown_history: u64,
-    conns: HashMap<u64, ConnSeen>,
+    conns: HashMap<u64, Conn>,
+}
+
+#[derive(Default)]
+struct Conn {
+    seen: ConnSeen,
+    /// Counter and stamp of the last answers.
+    last: VecDeque<(u64, u64)>,
+}
+
+impl Conn {
+    /// The answer that a client names as its last was really given. Before the first answer it
+    /// names none.
+    fn knows(&self, named: (u64, u64)) -> bool {
+        let still_none = named == (0, 0) && self.seen.answers < REMEMBERED as u64;
+        still_none || self.last.contains(&named)
+    }
+
+    fn remember(&mut self, answer: &Answer) {
+        self.seen = ConnSeen {
+            conn: answer.conn,
+            answers: self.seen.answers + 1,
+            number: answer.number,
+            counter: answer.counter,
+            stamp_ns: answer.stamp_ns,
+            chain: answer.chain(self.seen.chain),
+        };
+        self.last.push_back((answer.counter, answer.stamp_ns));
+        if self.last.len() > REMEMBERED {
+            self.last.pop_front();
+        }
+    }
 }
 
 /// All that the connections share.
@@ -133,30 +168,16 @@ impl Server {
             }
         }
         let mut history = self.history();
-        let known = history
-            .conns
-            .get(&request.conn)
-            .cloned()
-            .unwrap_or(ConnSeen {
-                conn: request.conn,
-                ..ConnSeen::default()
-            });
-        if (request.seen_counter, request.seen_stamp_ns) != (known.counter, known.stamp_ns) {
-            history.unknown_history += 1;
-            answer.verdict = Verdict::UnknownHistory;
-        }
         history.counter += 1;
         history.answers += 1;
         answer.counter = history.counter;
-        let now = ConnSeen {
-            conn: request.conn,
-            answers: known.answers + 1,
-            number: request.number,
-            counter: answer.counter,
-            stamp_ns,
-            chain: answer.chain(known.chain),
-        };
-        history.conns.insert(request.conn, now);
+        let conn = history.conns.entry(request.conn).or_default();
+        let known = conn.knows((request.seen_counter, request.seen_stamp_ns));
+        conn.remember(&answer);
+        if !known {
+            history.unknown_history += 1;
+            answer.verdict = Verdict::UnknownHistory;
+        }
         stream.write_all(&answer.encode())
     }
 
@@ -200,7 +221,8 @@ impl Server {
         match ask {
             Ask::Seen => json(serde_json::to_vec(&self.seen())),
             Ask::Conns => {
-                let conns: Vec<ConnSeen> = self.history().conns.values().cloned().collect();
+                let history = self.history();
+                let conns: Vec<&ConnSeen> = history.conns.values().map(|c| &c.seen).collect();
                 json(serde_json::to_vec(&conns))
             }
             Ask::Check => {
