@@ -34,7 +34,10 @@ fn history(rng: &mut Rng) -> Run {
     let machine = Machine::new(SIZE);
     let disk = Disk::create_stores(&config(), machine.stores(), false).unwrap();
     disk.go_solo().unwrap();
-    let mut peer = Peer { first: 0, states: vec![Arc::new(content(&machine))] };
+    let mut peer = Peer {
+        first: 0,
+        states: vec![Arc::new(content(&machine))],
+    };
     let mut marks = vec![(machine.world.now(), peer.clone())];
     let mut streams = 0u8;
     let mut next_epoch = 1;
@@ -71,7 +74,10 @@ fn history(rng: &mut Rng) -> Run {
                     }
                 }
                 if disk.out_of_sync().is_empty() {
-                    assert!(v == content(&machine), "nothing is marked, and yet the peer differs");
+                    assert!(
+                        v == content(&machine),
+                        "nothing is marked, and yet the peer differs"
+                    );
                 }
                 peer.states.push(Arc::new(v));
             }
@@ -100,9 +106,13 @@ fn history(rng: &mut Rng) -> Run {
                 streams += 1;
                 // It stayed at some state it had.
                 let at = rng.below(peer.states.len() as u64) as usize;
-                peer = Peer { first: 0, states: vec![peer.states[at].clone()] };
+                peer = Peer {
+                    first: 0,
+                    states: vec![peer.states[at].clone()],
+                };
                 next_epoch = 1;
-                disk.begin_tracking(StreamId([streams; 16]), EpochNo(1)).unwrap();
+                disk.begin_tracking(StreamId([streams; 16]), EpochNo(1))
+                    .unwrap();
             }
             16 if disk.mode() == Mode::Tracking && rng.chance(40) => {
                 disk.end_tracking().unwrap();
@@ -127,8 +137,10 @@ fn history(rng: &mut Rng) -> Run {
 
 fn assert_covers(set: &BlockSet, mine: &[u8], peer: &Peer, what: &str) {
     for (i, s) in peer.states.iter().enumerate() {
-        for (b, (x, y)) in
-            mine.chunks(BLOCK_BYTES as usize).zip(s.chunks(BLOCK_BYTES as usize)).enumerate()
+        for (b, (x, y)) in mine
+            .chunks(BLOCK_BYTES as usize)
+            .zip(s.chunks(BLOCK_BYTES as usize))
+            .enumerate()
         {
             assert!(
                 x == y || set.contains(b as u32),
@@ -148,7 +160,11 @@ fn what_may_differ_is_known_after_any_crash() {
         let (start, end) = (run.marks[0].0, run.machine.world.now());
         for _ in 0..15 {
             let at = start + rng.below((end - start + 1) as u64) as usize;
-            let how = if rng.chance(25) { Crash::Kill } else { Crash::Power };
+            let how = if rng.chance(25) {
+                Crash::Kill
+            } else {
+                Crash::Power
+            };
             // Marks at the same operation: an event without IO may or may not have happened; the
             // later one allows fewer states, the earlier more, so the union is checked.
             let i = run.marks.iter().rposition(|m| m.0 <= at).unwrap();
@@ -156,7 +172,12 @@ fn what_may_differ_is_known_after_any_crash() {
             let disk = Disk::open_stores(&config(), crashed.stores(), None)
                 .unwrap_or_else(|e| panic!("seed {seed}, {how:?} at {at}: {e}"));
             let what = format!("seed {seed}, {how:?} at operation {at} of {end}");
-            assert_covers(&disk.out_of_sync(), &content(&crashed), &run.marks[i].1, &what);
+            assert_covers(
+                &disk.out_of_sync(),
+                &content(&crashed),
+                &run.marks[i].1,
+                &what,
+            );
         }
     }
 }
@@ -168,12 +189,16 @@ fn a_clean_close_is_exact() {
     let disk = Disk::create_stores(&config(), m.stores(), false).unwrap();
     disk.go_solo().unwrap();
     for b in [3u64, 17, 80, 95] {
-        disk.write(b * BLOCK_BYTES + 5, &mut vec![1; 10], false).unwrap();
+        disk.write(b * BLOCK_BYTES + 5, &mut vec![1; 10], false)
+            .unwrap();
     }
     disk.close().unwrap();
     drop(disk);
     let disk = Disk::open_stores(&config(), m.stores(), None).unwrap();
-    assert_eq!(disk.out_of_sync().iter().collect::<Vec<_>>(), [3, 17, 80, 95]);
+    assert_eq!(
+        disk.out_of_sync().iter().collect::<Vec<_>>(),
+        [3, 17, 80, 95]
+    );
 }
 
 // The steady state costs no flush for a write: only new extents do.
@@ -187,6 +212,10 @@ fn active_extents_cost_no_flush() {
     for i in 0..100u64 {
         disk.write(i * 4096, &mut vec![1; 4096], false).unwrap();
     }
-    assert_eq!(m.world.now() - before, 100, "one operation a write: the write");
+    assert_eq!(
+        m.world.now() - before,
+        100,
+        "one operation a write: the write"
+    );
     assert_eq!(disk.counters().log_writes, 1);
 }

@@ -71,13 +71,18 @@ impl Store for SimFile {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let live = self.live.lock().unwrap();
         let at = offset as usize;
-        let from = live.get(at..at + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        let from = live
+            .get(at..at + buf.len())
+            .ok_or(io::ErrorKind::UnexpectedEof)?;
         buf.copy_from_slice(from);
         Ok(())
     }
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         put(&mut self.live.lock().unwrap(), offset, data);
-        self.log(Op::Write { offset, data: data.into() });
+        self.log(Op::Write {
+            offset,
+            data: data.into(),
+        });
         Ok(())
     }
     fn zero_at(&self, offset: u64, len: u64, _punch: bool) -> io::Result<()> {
@@ -89,7 +94,11 @@ impl Store for SimFile {
         Ok(())
     }
     fn reserve(&self, len: u64) -> io::Result<()> {
-        if self.size()? < len { self.set_size(len) } else { Ok(()) }
+        if self.size()? < len {
+            self.set_size(len)
+        } else {
+            Ok(())
+        }
     }
     fn flush(&self) -> io::Result<()> {
         self.log(Op::Flush);
@@ -127,15 +136,28 @@ pub enum Crash {
 
 impl Machine {
     pub fn new(image_bytes: u64) -> Self {
-        Self::from_files([vec![0; image_bytes as usize], Vec::new(), Vec::new(), Vec::new()])
+        Self::from_files([
+            vec![0; image_bytes as usize],
+            Vec::new(),
+            Vec::new(),
+            Vec::new(),
+        ])
     }
 
     pub fn from_files(start: [Vec<u8>; 4]) -> Self {
         let world = Arc::<World>::default();
         let files = std::array::from_fn(|id| {
-            Arc::new(SimFile { world: world.clone(), id, live: Mutex::new(start[id].clone()) })
+            Arc::new(SimFile {
+                world: world.clone(),
+                id,
+                live: Mutex::new(start[id].clone()),
+            })
         });
-        Machine { world, files, start }
+        Machine {
+            world,
+            files,
+            start,
+        }
     }
 
     pub fn stores(&self) -> Stores {
@@ -166,7 +188,12 @@ impl Machine {
                     Op::Write { offset, data } if kept => {
                         let whole = i < sure || rng.chance(60);
                         let sectors = data.len().div_ceil(512) as u64;
-                        let n = if whole { sectors } else { rng.below(sectors + 1) } as usize * 512;
+                        let n = if whole {
+                            sectors
+                        } else {
+                            rng.below(sectors + 1)
+                        } as usize
+                            * 512;
                         put(&mut v, *offset, &data[..n.min(data.len())]);
                     }
                     _ => (),
@@ -182,7 +209,7 @@ pub const DISK_ID: [u8; 16] = [0xd1; 16];
 
 pub fn config() -> DiskConfig {
     let mut c = DiskConfig::new("sim-image".into(), "sim-meta".into(), DISK_ID);
-    c.segment_bytes = 1 << 16;
+    c.segment_bytes = 1 << 18;
     c.log_extents = 4;
     c
 }
