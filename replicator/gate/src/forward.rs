@@ -5,6 +5,7 @@
 
 use crate::counters::add;
 use crate::pump::Shared;
+use crate::sched;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -51,7 +52,10 @@ impl Threads {
             let handle = thread::Builder::new()
                 .name(name.to_owned())
                 .stack_size(256 << 10)
-                .spawn(move || job(&shared, &stop))?;
+                .spawn(move || {
+                    sched::go_first();
+                    job(&shared, &stop);
+                })?;
             threads.handles.push(handle);
         }
         Ok(threads)

@@ -43,6 +43,7 @@ mod iface;
 mod packet;
 mod pump;
 mod queue;
+mod sched;
 mod shortcut;
 mod shutter;
 mod spec;

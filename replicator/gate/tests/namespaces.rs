@@ -364,7 +364,9 @@ fn the_host_is_silent_at_the_guests_tap() {
         "the host answered past a closed gate"
     );
     gate.pass(true);
-    assert!(lab.reaches("G", HOST), "by way of the bridge it may");
+    until("the host answers by way of the bridge", || {
+        lab.reaches("G", HOST)
+    });
 }
 
 /// Nor does anything get out when someone puts the guest's tap into the bridge.
@@ -486,7 +488,7 @@ fn a_killed_process_leaves_the_gate_closed() {
         .expect("it starts");
     let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
     assert!(lines.any(|l| l.is_ok_and(|l| l.contains("gate is open"))));
-    assert!(lab.reaches("G", CLIENT));
+    until("the client answers", || lab.reaches("G", CLIENT));
     child.kill().expect("killed"); // `ip netns exec` has become the helper
     child.wait().expect("gone");
     let t = Instant::now();

@@ -67,6 +67,7 @@ pub fn output(words: &str) -> Output {
 impl Lab {
     pub fn new() -> Lab {
         static N: AtomicU32 = AtomicU32::new(0);
+        sweep();
         let tag = format!(
             "gate{}-{}",
             std::process::id(),
@@ -102,6 +103,13 @@ impl Lab {
             );
             lab.ip(n, &format!("link set {dev} address {mac} up"));
             lab.ip(n, &format!("addr add {ip}/24 dev {dev}"));
+        }
+        lab.ip("H", "link set hvg0 up");
+        // The kernel tells a link's queues of a new carrier a moment later; until then frames are lost.
+        for n in ["G", "C", "P"] {
+            until("the link is up", || {
+                lab.ip(n, "link show eth0").contains("state UP")
+            });
         }
         lab
     }
@@ -174,6 +182,24 @@ impl Lab {
         let s = self.within(n, || UdpSocket::bind((me, 7000)).expect("bind"));
         s.connect((peer, 7000)).expect("connect");
         s
+    }
+}
+
+/// Removes what a killed run left behind.
+fn sweep() {
+    for entry in std::fs::read_dir("/run/netns")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix("gate").and_then(|n| n.split('-').next());
+        let dead = pid.is_some_and(|p| {
+            p.parse::<u32>().is_ok() && !std::path::Path::new("/proc").join(p).exists()
+        });
+        if dead {
+            let _ = output(&format!("ip netns del {name}"));
+        }
     }
 }
 
