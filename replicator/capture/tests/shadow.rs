@@ -9,6 +9,7 @@ mod common;
 use common::{Guest, Spec, read_memory};
 use havm_capture::{Capture, CaptureError, Options, PAGE_BYTES, PageSet, RamBlock};
 use havm_qmp::Qmp;
+use std::os::unix::fs::MetadataExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -148,6 +149,52 @@ fn every_kind_of_epoch(options: Options) {
         qmp.take_events().for_each(drop);
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Protects memory that is touched for the first time long after attaching: it was a hole of the RAM file,
+/// which scans skip.
+#[test]
+fn memory_touched_late_is_seen() {
+    let work = "dd if=/dev/urandom of=/m/a bs=64k count=16 2>/dev/null\n\
+                for i in 1 2 3 4 5 6 7 8; do cat /m/a >> /m/grow; done; usleep 20000";
+    let guest = Guest::start(&Spec {
+        ram_mib: 512,
+        work,
+        ..spec()
+    });
+    let mut qmp = guest.connect();
+    let mut capture = Capture::attach(&mut qmp).expect("attach");
+    let mut shadow = Shadow::new(capture.blocks());
+    let (mut set, mut state) = (PageSet::new(), Vec::new());
+    first_round(&mut capture, &mut set, &mut shadow);
+    let held = || {
+        std::fs::metadata(guest.dir.path().join("ram"))
+            .expect("RAM file")
+            .blocks()
+            / 2048
+    };
+    let at_first = held();
+    for n in 0..60 {
+        std::thread::sleep(Duration::from_millis(60));
+        capture
+            .collect(&mut set, if n % 2 == 0 { 500 } else { usize::MAX })
+            .expect("collect");
+        let check = n % 10 == 9;
+        capture
+            .checkpoint(&mut qmp, &mut set, &mut state, &mut || {}, !check)
+            .expect("checkpoint");
+        shadow.apply(&set);
+        set.clear();
+        if check {
+            shadow.check(guest.pid(), &format!("epoch {n}"));
+            qmp.cont().expect("cont");
+        }
+    }
+    assert!(
+        held() > at_first + 64,
+        "the guest touched too little: {at_first} -> {} MiB",
+        held()
+    );
 }
 
 /// As libvirt runs QEMU: an unprivileged user, under the seccomp sandbox.
