@@ -223,6 +223,10 @@ impl EpochAssembler {
     pub fn shape(&self) -> Option<&StreamStart> {
         self.start.as_ref()
     }
+    /// What came of the open epoch so far.
+    pub fn open_tally(&self) -> Option<Tally> {
+        self.open.as_ref().map(|o| o.tally)
+    }
     /// The last complete epoch.
     pub fn last(&self) -> EpochNo {
         self.last
