@@ -216,7 +216,7 @@ impl World {
         r.silent = false;
         let next = self.check.grow(Some(point));
         let n_ = &mut self.nodes[node];
-        n_.disk.now = Some(point);
+        n_.disk.now = Some(next);
         n_.unflushed = true;
         if let Some(g) = n_.guest.as_mut() {
             g.waiting = false;

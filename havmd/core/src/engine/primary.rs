@@ -10,6 +10,9 @@ const ARMED_PATIENCE: u32 = 12;
 
 impl Engine {
     pub(super) fn on_report(&mut self, r: Report) {
+        if self.rep != Rep::Up || self.rejoin.is_some() {
+            return; // the last words of a copy that is given up
+        }
         // A primary's report of another term belongs to a stream that is over.
         let now_term = |t: Term| self.rec.as_ref().is_some_and(|r| r.basis == t);
         let eligible = self.is(Role::Eligible, RoleStatus::Active);

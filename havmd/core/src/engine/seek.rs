@@ -351,6 +351,8 @@ impl Engine {
         self.failback.protected(self.now, false);
         if image || unpromoted {
             self.promote_due = Some(PromoteAs::Solo);
+        } else if self.promoting || self.promote_due.is_some() {
+            // A higher term while the image is being promoted: its gate opens in that one.
         } else if !standby
             && self.life.is_some()
             && self.attach == Attach::Done

@@ -56,6 +56,7 @@ impl Engine {
             intent: t.intent,
         };
         self.persist(new);
+        self.end_life();
         self.forget_term();
         self.join = Some(t);
         if self.rep == Rep::Up && !self.rep_fresh {
@@ -99,9 +100,6 @@ impl Engine {
         });
         let new_primary = self.join.is_some_and(|old| old.life != t.life);
         self.join = Some(t);
-        if self.image_ready && !new_primary {
-            return;
-        }
         if new_primary && self.receive_asked {
             // Another process of the primary: whatever was received belongs to none.
             self.standby_lost();
@@ -150,7 +148,11 @@ impl Engine {
     pub(super) fn on_eligible_image(&mut self, term: Term) {
         if self.is(Role::Eligible, RoleStatus::Active) && term == self.basis() && self.warm() {
             self.order(Order::ConfirmEligible { term });
-        } else if self.is(Role::Ineligible, RoleStatus::Active) && term == self.basis() {
+        } else if self.is(Role::Ineligible, RoleStatus::Active)
+            && term == self.basis()
+            && self.attach == Attach::Done
+            && self.receive_asked
+        {
             self.image_ready = true;
             self.stream = Stream::Alive;
             self.try_eligible();

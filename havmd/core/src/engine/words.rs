@@ -388,7 +388,7 @@ impl Engine {
 
     fn on_yield(&mut self, term: Term, basis: Term, side: Side) {
         let Some(rec) = self.rec.clone() else { return };
-        if self.rejoin.is_some() || (rec.role, rec.status) == (Role::Solo, RoleStatus::Active) {
+        if self.rejoin.is_some() {
             return;
         }
         let able = !matches!(rec.role, Role::Eligible) || self.warm() || rec.cold;
