@@ -68,15 +68,8 @@ impl Myself {
         durable::make_folder(&dir).map_err(file_error("make", &dir))?;
         let identity = Identity::load_or_generate(&dir.join("identity.pem"))?;
         let path = dir.join("node_id");
-        let read = durable::read_bounded(&path, 64).map_err(file_error("read", &path))?;
-        let node = match read {
-            Some(bytes) => String::from_utf8_lossy(&bytes).trim().parse().map_err(
-                |e: havm_core::ids::IdError| StoreError::Damaged {
-                    path,
-                    why: e.to_string(),
-                    remedy: "pair again: this machine then counts as a new one",
-                },
-            )?,
+        let node = match Self::node_id(state_dir)? {
+            Some(node) => node,
             None => {
                 let node = NodeId::random().map_err(file_error("make", &path))?;
                 durable::replace(&path, format!("{node}\n").as_bytes())
@@ -85,6 +78,21 @@ impl Myself {
             }
         };
         Ok(Myself { node, identity })
+    }
+
+    fn node_id(state_dir: &Path) -> Result<Option<NodeId>, StoreError> {
+        let path = Self::identity_dir(state_dir).join("node_id");
+        let read = durable::read_bounded(&path, 64).map_err(file_error("read", &path))?;
+        let Some(bytes) = read else { return Ok(None) };
+        let text = String::from_utf8_lossy(&bytes);
+        text.trim()
+            .parse()
+            .map(Some)
+            .map_err(|e: havm_core::ids::IdError| StoreError::Damaged {
+                path,
+                why: e.to_string(),
+                remedy: "pair again: this machine then counts as a new one",
+            })
     }
 }
 
@@ -142,12 +150,21 @@ impl PairFile {
     pub fn path(state_dir: &Path) -> PathBuf {
         state_dir.join("pair.json")
     }
-    /// What pairing left; none before.
+    /// What pairing left; none before. One that another node made is not obeyed.
     pub fn load(state_dir: &Path) -> Result<Option<Self>, StoreError> {
-        load(
-            &Self::path(state_dir),
-            "pair again (`havm pair` on both nodes)",
-        )
+        const REMEDY: &str = "pair again (`havm pair` on both nodes)";
+        let path = Self::path(state_dir);
+        let Some(pair) = load::<Self>(&path, REMEDY)? else {
+            return Ok(None);
+        };
+        match Myself::node_id(state_dir)? {
+            Some(me) if me != pair.node => Err(StoreError::Damaged {
+                path,
+                why: format!("node {} made it, this is node {me}", pair.node),
+                remedy: REMEDY,
+            }),
+            _ => Ok(Some(pair)),
+        }
     }
     /// Keeps it, durably.
     pub fn save(&self, state_dir: &Path) -> Result<(), StoreError> {
@@ -258,6 +275,10 @@ mod tests {
         p.save(dir.path()).unwrap();
         assert_eq!(PairFile::load(dir.path()).unwrap(), Some(p.clone()));
         assert!(!format!("{p:?} {:?}", p.pair_key).contains("cdcd"));
+        // A pair file that another node made (a folder put together from two) is not obeyed.
+        Myself::load_or_create(dir.path()).unwrap();
+        let e = PairFile::load(dir.path()).unwrap_err().to_string();
+        assert!(e.contains("pair again"), "{e}");
         std::fs::write(PairFile::path(dir.path()), "{}").unwrap();
         assert!(PairFile::load(dir.path()).is_err());
     }
