@@ -170,7 +170,7 @@ fn enrol(args: &Pair, config: &Config) -> Result<Exit, Exit> {
         pin.incarnation
     );
     eprintln!(
-        "do the same on the other node, with the same code; then restart havmd where it runs"
+        "do the same on the other node, with the same code; a havmd that was enrolled elsewhere before must be restarted"
     );
     Ok(Exit::Ok)
 }

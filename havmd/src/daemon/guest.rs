@@ -102,7 +102,7 @@ async fn build(shared: &Arc<Shared>, guest: &GuestName) -> Result<(Running, Star
 }
 
 fn outside(shared: &Arc<Shared>) -> Outside {
-    let (peer, witness, spec) = (shared.peer.clone(), shared.witness.clone(), shared.clone());
+    let (peer, witness, spec) = (shared.peer.clone(), shared.clone(), shared.clone());
     Outside {
         send: Arc::new(move |envelope| {
             // Lost where no link is up: the engine repeats what it needs.
@@ -111,7 +111,7 @@ fn outside(shared: &Arc<Shared>) -> Outside {
         witness: Arc::new(move |guest, request, post| {
             let (witness, guest) = (witness.clone(), guest.clone());
             tokio::spawn(async move {
-                let reply = match witness {
+                let reply = match witness.witness() {
                     Some(w) => w.request(&guest, request, WITNESS).await,
                     None => WitnessReply::NotDelivered,
                 };

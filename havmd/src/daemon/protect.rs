@@ -253,7 +253,7 @@ impl Shared {
         let guest = &look.file.guest;
         guests::store_original_xml(&self.paths, guest, &look.original).map_err(text)?;
         guests::store_domain_xml(&self.paths, guest, full).map_err(text)?;
-        if let Some(w) = &self.witness {
+        if let Some(w) = self.witness() {
             say.progress("making the guest's register at the witness")
                 .await;
             w.create_key(guest, Term(1), self.me.node, WITNESS)
@@ -282,7 +282,7 @@ impl Shared {
                     PEER,
                 )
                 .await;
-            if let Some(w) = &self.witness {
+            if let Some(w) = self.witness() {
                 let _ = w.remove_key(guest, WITNESS).await;
             }
         }
@@ -340,7 +340,7 @@ impl Shared {
         self.operate(guest, Operator::Unprotect).await?;
         for _ in 0..300 {
             if self.guest_status(guest).await.is_none() {
-                if let Some(w) = &self.witness
+                if let Some(w) = self.witness()
                     && let Err(e) = w.remove_key(guest, WITNESS).await
                 {
                     say.progress(format!("the witness keeps the guest's register: {e}"))

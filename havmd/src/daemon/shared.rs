@@ -15,7 +15,7 @@ use havm_core::ids::{GuestName, Term};
 use havm_core::settings::{ArbiterKind, FailbackSettings, Settings};
 use havm_core::status::GuestStatus;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
@@ -31,8 +31,8 @@ pub struct Shared {
     pub pair: PairFile,
     /// The connection to the peer's daemon.
     pub peer: PeerClient,
-    /// The witness, where one is configured and enrolled.
-    pub witness: Option<WitnessClient>,
+    /// The witness, as soon as one is configured and enrolled: see [`Shared::witness`].
+    pub witness: OnceLock<WitnessClient>,
     /// libvirt, for the host's questions and for protecting.
     pub libvirt: Libvirt,
     /// The user and group that QEMU runs as.
@@ -56,6 +56,11 @@ impl Shared {
     /// The engines' time.
     pub fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// The witness, where one is configured and this node is enrolled.
+    pub fn witness(&self) -> Option<&WitnessClient> {
+        self.witness.get()
     }
 
     /// Where a guest's tasks post their events.

@@ -25,7 +25,7 @@ use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
@@ -56,7 +56,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .context("the connection to the peer")?;
     let beats = start_beats(&config, &me, &pair, inputs.clone())?;
     let shared = Arc::new(Shared {
-        witness: witness(&config, &me)?,
+        witness: witness(&config, &me)?.map_or_else(OnceLock::new, OnceLock::from),
         config,
         paths,
         me,
@@ -185,23 +185,17 @@ async fn qemu_ids(libvirt: &Libvirt) -> (u32, u32) {
     }
 }
 
+/// The way to the witness: none where none is configured, or this node is not enrolled yet.
 fn witness(config: &Config, me: &Myself) -> anyhow::Result<Option<WitnessClient>> {
     let Witness::Builtin { addresses } = &config.witness else {
         return Ok(None);
     };
     let state_dir = &config.node.state_dir;
     let Some(pin) = WitnessPin::load(state_dir)? else {
-        let text =
-            "a witness is configured, but this node is not enrolled there: `havm pair --witness`";
-        tracing::error!("{text}");
         return Ok(None);
     };
-    Ok(Some(WitnessClient::new(
-        addresses.clone(),
-        me,
-        &pin,
-        state_dir,
-    )?))
+    let client = WitnessClient::new(addresses.clone(), me, &pin, state_dir)?;
+    Ok(Some(client))
 }
 
 fn start_beats(
@@ -277,15 +271,24 @@ fn serve_peer(shared: &Arc<Shared>, mut served: Served) -> mpsc::Receiver<Envelo
 }
 
 async fn watch_witness(shared: Arc<Shared>) {
-    let Some(w) = shared.witness.clone() else {
+    if shared.config.witness == Witness::None {
         return;
-    };
+    }
     loop {
+        tokio::time::sleep(PROBE).await;
+        let Some(w) = shared.witness() else {
+            // Enrolled while the daemon runs, perhaps.
+            match witness(&shared.config, &shared.me) {
+                Ok(Some(w)) => drop(shared.witness.set(w)),
+                Ok(None) => {}
+                Err(e) => tracing::warn!("{e:#}"),
+            }
+            continue;
+        };
         let seen = w.probe(PROBE).await.incarnation();
         if shared.inputs.send(Input::Witness(seen)).is_err() {
             return;
         }
-        tokio::time::sleep(PROBE).await;
     }
 }
 
@@ -301,10 +304,9 @@ async fn watch_agreement(shared: Arc<Shared>) {
         {
             faults.push(why);
         }
-        if shared.witness.is_none() && matches!(shared.config.witness, Witness::Builtin { .. }) {
-            faults.push(
-                "this node is not enrolled at the witness: run `havm pair --witness`, then restart havmd".into(),
-            );
+        if shared.witness().is_none() && matches!(shared.config.witness, Witness::Builtin { .. }) {
+            faults
+                .push("this node is not enrolled at the witness: run `havm pair --witness`".into());
         }
         if shared.inputs.send(Input::Faults(faults)).is_err() {
             return;
