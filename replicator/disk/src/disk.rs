@@ -1,11 +1,11 @@
 //! One guest disk: what the NBD workers, the epoch pump and the standby share.
 
 use crate::backing::{Backing, Durability};
-use crate::blocks::{BlockSet, blocks_of};
+use crate::blocks::{BlockSet, EXTENT_BYTES, blocks_of};
 use crate::counters::{Counters, Live, add};
 use crate::epoch::{EpochWrites, WriteOp};
 use crate::error::{DiskError, MetaError, Result};
-use crate::journal::replay::Replayed;
+use crate::journal::replay::{Files, Replayed};
 use crate::meta::{MetaFile, Opened, Superblock};
 use crate::store::{FileStore, Store};
 use crate::tracker::{Mode, Tracker};
@@ -66,6 +66,11 @@ pub struct Stores {
     pub journal: [Arc<dyn Store>; 2],
 }
 
+/// The largest single write, bytes: what an NBD client may send.
+pub const MAX_WRITE_BYTES: u64 = 32 << 20;
+/// How often the flusher shrinks the log and bitmap of a primary.
+const TIDY_EVERY: Duration = Duration::from_secs(60);
+
 /// One guest disk. See the crate's page for its states.
 #[derive(Debug)]
 pub struct Disk {
@@ -73,6 +78,8 @@ pub struct Disk {
     pub(crate) backing: Arc<Backing>,
     pub(crate) counters: Arc<Live>,
     pub(crate) size: u64,
+    /// Larger zeroes are cut, so that one request never needs the whole write-intent log.
+    zero_piece: u64,
     replayed: Replayed,
     /// The superblock says `inconsistent` already.
     inconsistent: AtomicBool,
@@ -91,7 +98,7 @@ impl Disk {
         if !cfg.meta.exists() {
             return Err(MetaError::Missing(cfg.meta.clone()).into());
         }
-        let stores = Self::stores(cfg, image)?;
+        let stores = Self::stores(cfg, image, false)?;
         let disk = Arc::new(Self::open_stores(cfg, stores, upto)?);
         disk.start_flusher()?;
         Ok(disk)
@@ -101,21 +108,37 @@ impl Disk {
     /// known of the peer's copy, so every block is marked (and will be compared).
     pub fn create(cfg: &DiskConfig, all_differ: bool) -> Result<Arc<Self>> {
         let image: Arc<dyn Store> = Arc::new(FileStore::open_disk(&cfg.image)?);
-        let stores = Self::stores(cfg, image)?;
+        let stores = Self::stores(cfg, image, true)?;
         let disk = Arc::new(Self::create_stores(cfg, stores, all_differ)?);
         disk.start_flusher()?;
         Ok(disk)
     }
 
-    fn stores(cfg: &DiskConfig, image: Arc<dyn Store>) -> Result<Stores> {
-        Ok(Stores {
+    fn stores(cfg: &DiskConfig, image: Arc<dyn Store>, create: bool) -> Result<Stores> {
+        let meta = FileStore::open_side(&cfg.meta, create)?;
+        let segment = |suffix: &str| -> Result<Arc<dyn Store>> {
+            let path = cfg.beside(suffix);
+            if !create && !path.exists() {
+                return Err(DiskError::JournalLost(format!(
+                    "{} is missing",
+                    path.display()
+                )));
+            }
+            Ok(Arc::new(FileStore::open_side(&path, create)?))
+        };
+        let stores = Stores {
             image,
-            meta: Arc::new(FileStore::open_side(&cfg.meta, true)?),
-            journal: [
-                Arc::new(FileStore::open_side(&cfg.beside(".journal0"), true)?),
-                Arc::new(FileStore::open_side(&cfg.beside(".journal1"), true)?),
-            ],
-        })
+            meta: Arc::new(meta),
+            journal: [segment(".journal0")?, segment(".journal1")?],
+        };
+        if create {
+            // New names must outlive a power failure like what is in them.
+            let dir = cfg.meta.parent().filter(|p| !p.as_os_str().is_empty());
+            std::fs::File::open(dir.unwrap_or(std::path::Path::new(".")))
+                .and_then(|d| d.sync_all())
+                .map_err(DiskError::io("syncing the folder of the disk metadata"))?;
+        }
+        Ok(stores)
     }
 
     /// [`Disk::create`] on given stores, without a background flusher.
@@ -133,7 +156,7 @@ impl Disk {
         }
         let sb = Superblock::new(cfg.disk_id, size, cfg.log_extents.clamp(4, 1 << 16));
         MetaFile::create(stores.meta.clone(), &cfg.meta, sb, all_differ)?;
-        Self::open_stores(cfg, stores, None)
+        Self::assemble(cfg, stores, true, None)
     }
 
     /// [`Disk::open`] on given stores, without a background flusher: call [`Disk::work`].
@@ -142,23 +165,30 @@ impl Disk {
         stores: Stores,
         upto: Option<(StreamId, EpochNo)>,
     ) -> Result<Self> {
+        Self::assemble(cfg, stores, false, upto)
+    }
+
+    fn assemble(
+        cfg: &DiskConfig,
+        stores: Stores,
+        fresh: bool,
+        upto: Option<(StreamId, EpochNo)>,
+    ) -> Result<Self> {
         let size = stores
             .image
             .size()
             .map_err(DiskError::io("size of the disk"))?;
         let opened: Opened = MetaFile::open(stores.meta, &cfg.meta, cfg.disk_id, size)?;
         let counters = Arc::<Live>::default();
-        let (backing, replayed) = Backing::open(
-            stores.image,
-            size,
-            cfg.disk_id,
-            stores.journal,
-            cfg.segment_bytes.max(1 << 16),
-            upto,
-            counters.clone(),
-        )?;
+        let journal = Files {
+            segments: stores.journal,
+            disk_id: cfg.disk_id,
+            segment_bytes: cfg.segment_bytes.max(1 << 16),
+            fresh,
+        };
+        let (backing, replayed) =
+            Backing::open(stores.image, size, journal, upto, counters.clone())?;
         let sb = opened.meta.superblock();
-        // Room for what one burst of parallel writes needs is kept beyond what we fill ourselves.
         let tracker = Tracker::new(
             opened,
             sb.log_extents as usize,
@@ -170,6 +200,7 @@ impl Disk {
             backing: Arc::new(backing),
             counters,
             size,
+            zero_piece: EXTENT_BYTES * u64::from(sb.log_extents / 4).max(1),
             replayed,
             inconsistent: AtomicBool::new(sb.inconsistent),
             flusher: Mutex::new(None),
@@ -177,22 +208,40 @@ impl Disk {
         })
     }
 
-    fn start_flusher(&self) -> Result<()> {
-        let (backing, stop) = (self.backing.clone(), self.stop.clone());
+    fn start_flusher(self: &Arc<Self>) -> Result<()> {
+        let (backing, stop, disk) = (
+            self.backing.clone(),
+            self.stop.clone(),
+            Arc::downgrade(self),
+        );
         let t = std::thread::Builder::new()
             .name("disk-flusher".into())
             .spawn(move || {
-                let mut last = Instant::now();
+                let (mut flushed, mut tidied) = (Instant::now(), Instant::now());
                 while !stop.load(SeqCst) {
                     let work = backing.wait_work(Duration::from_millis(200));
-                    let mut done = if work { backing.step(false) } else { Ok(false) };
+                    let mut done = if work {
+                        backing.step(false).map(drop)
+                    } else {
+                        Ok(())
+                    };
                     // A full sync must not turn into an fsync for every epoch.
-                    if done.is_ok() && last.elapsed() > Duration::from_millis(500) {
-                        done = backing.flush_direct();
-                        last = Instant::now();
+                    if done.is_ok() && flushed.elapsed() > Duration::from_millis(500) {
+                        done = backing.flush_direct().map(drop);
+                        flushed = Instant::now();
+                    }
+                    if done.is_ok()
+                        && tidied.elapsed() > TIDY_EVERY
+                        && let Some(disk) = disk.upgrade()
+                    {
+                        if disk.mode() != Mode::Standby {
+                            done = disk.tidy();
+                        }
+                        tidied = Instant::now();
                     }
                     if done.is_err() {
                         // Said already where it happened, and kept: nothing more can be promised.
+                        backing.wake();
                         break;
                     }
                 }
@@ -284,10 +333,18 @@ impl Disk {
         self.seen(r)
     }
 
-    /// Writes. The buffer is emptied where the epoch keeps it, and left alone otherwise.
+    /// Writes, at most [`MAX_WRITE_BYTES`]. The buffer is emptied where the epoch keeps it, and
+    /// left alone otherwise.
     pub fn write(&self, offset: u64, buf: &mut Vec<u8>, fua: bool) -> Result<()> {
         let len = buf.len() as u64;
         let r = self.check_range(offset, len).and_then(|()| {
+            if len > MAX_WRITE_BYTES {
+                return Err(DiskError::OutOfRange {
+                    offset,
+                    len,
+                    size: MAX_WRITE_BYTES,
+                });
+            }
             if len == 0 {
                 return Ok(());
             }
@@ -309,14 +366,16 @@ impl Disk {
     /// NO_HOLE).
     pub fn zero(&self, offset: u64, len: u64, punch: bool, fua: bool) -> Result<()> {
         let r = self.check_range(offset, len).and_then(|()| {
-            if len == 0 {
-                return Ok(());
+            let (mut at, end) = (offset, offset + len);
+            while at < end {
+                let n = (end - at).min(self.zero_piece);
+                let t = self.tracker.begin(at, n)?;
+                let done = self.backing.zero(at, n, punch);
+                let op = t.keep_data.then_some(WriteOp::Zero(n));
+                self.tracker.end(t, done.is_ok(), op);
+                done?;
+                at += n;
             }
-            let t = self.tracker.begin(offset, len)?;
-            let done = self.backing.zero(offset, len, punch);
-            let op = t.keep_data.then_some(WriteOp::Zero(len));
-            self.tracker.end(t, done.is_ok(), op);
-            done?;
             if fua { self.flush_store() } else { Ok(()) }
         });
         add(&self.counters.writes, 1);
@@ -475,6 +534,9 @@ impl Disk {
     /// Sealed standby -> solo, at once, whatever the backlog. Follow with
     /// [`Disk::flush_after_promotion`].
     pub fn promote(&self) -> Result<EpochNo> {
+        if !self.is_consistent() {
+            tracing::warn!("promoting a copy that is in the middle of a sync");
+        }
         let n = self.seal()?;
         self.tracker.go_solo()?;
         Ok(n)
@@ -548,7 +610,8 @@ impl Disk {
         self.tracker.forget_differences()
     }
 
-    /// Flushes, and shrinks the log and bitmap to what is really open. A few times a minute.
+    /// Flushes, and shrinks the log and bitmap to what is really open. The flusher of a primary
+    /// does it every minute.
     pub fn tidy(&self) -> Result<()> {
         self.flush_store()?;
         self.tracker.tidy()
@@ -575,6 +638,8 @@ impl Disk {
             .unwrap_or_else(PoisonError::into_inner)
             .take();
         if let Some(t) = t
+            // The flusher itself may be the last to hold the disk; then it ends by itself.
+            && t.thread().id() != std::thread::current().id()
             && t.join().is_err()
         {
             tracing::error!("the disk's flusher panicked");

@@ -123,6 +123,12 @@ pub enum DiskError {
         "the disk failed earlier ({0}); nothing is promised to be durable, replace the disk or reopen it"
     )]
     Failed(String),
+    /// The journal is missing, damaged or foreign: committed epochs may be gone with it, so this
+    /// copy's life has ended. Create fresh metadata; every block is then compared.
+    #[error(
+        "the disk journal cannot be used: {0}; this copy must be compared in full (fresh metadata)"
+    )]
+    JournalLost(String),
     /// Bytes from the peer that are not a valid message.
     #[error("damaged data from the peer: {0}")]
     BadWire(&'static str),

@@ -43,6 +43,9 @@
 //!    does [`Disk::apply_sync`] before that epoch's guest writes.
 //! 3. When the primary's set is empty, the next epoch can be eligible: its commit is
 //!    [`Disk::stage`] + [`Disk::commit`], and the standby calls [`Disk::mark_consistent`].
+//!    Should blocks be marked again later (a failed local write, a standby that never flushes), they
+//!    are repaired without ending eligibility: [`Disk::read_block`] in the open epoch, put as writes
+//!    *before* the others of that epoch's [`EpochWrites`], and [`Disk::synced`].
 //! 4. The standby's own marks are taken off ([`Disk::forget_differences`]) when the last epoch is
 //!    durable here and the primary has reported its disk flushed. Forgetting later is harmless.
 //!
@@ -66,6 +69,7 @@
 //! | promoted, seal not durable | guest writes are only in the journal, behind the seal | all or nothing of both |
 //! | promoted, journal not empty | guest writes over its blocks are in it too, in order | replay ends with the newest |
 //! | metadata lost, foreign, damaged | [`DiskError::Meta`], image untouched | [`Disk::create`], full compare |
+//! | journal missing, foreign, damaged | [`DiskError::JournalLost`], image untouched | the copy's life has ended; full compare |
 //! | fsync failed once | [`Disk::failed`] | every later write and flush is refused: nothing is promised |
 //!
 //! The tests `crash_standby` and `crash_primary` replay thousands of made-up crashes against these.
@@ -103,7 +107,7 @@ mod tracker;
 pub use backing::Durability;
 pub use blocks::{BLOCK_BYTES, BlockSet};
 pub use counters::Counters;
-pub use disk::{Disk, DiskConfig, Stores};
+pub use disk::{Disk, DiskConfig, MAX_WRITE_BYTES, Stores};
 pub use epoch::{DiskWrite, EpochWrites, WriteOp};
 pub use error::{DiskError, MetaError, Result};
 pub use journal::replay::Replayed;

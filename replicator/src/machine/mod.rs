@@ -4,7 +4,7 @@
 //!   idle ──AttachPrimary──> primary(attached ─OpenGate─> solo ─StartStream─> syncing ─Arm─> protected)
 //!    ^                         │  HandOver: handed ─Resume─> solo        │ Freeze: frozen ─Resume─> solo
 //!    │                         └─ handed ─BecomeStandby─┐
-//!    ├──Receive──> standby(receiving ─AttachStandby, ConfirmEligible─> eligible) ─Promote─> primary
+//!    ├──AttachStandby──> waiting ─Receive─> standby(receiving ─ConfirmEligible─> eligible) ─Promote─> primary
 //!    └── Detach from anywhere
 //! ```
 //!
@@ -24,10 +24,11 @@ use crate::standing::Standing;
 use crate::stats::Stats;
 use anyhow::Result;
 pub use env::Env;
-use havm_core::ids::{StreamId, Term};
+use havm_core::ids::{LifeId, StreamId, Term};
 use havm_core::order::{Order, Report};
+use havm_image::RamImage;
 use primary::Primary;
-use standby::Copy;
+use standby::{Copy, Waiting};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -39,6 +40,8 @@ const TELL_STATE: Duration = Duration::from_secs(1);
 enum Role {
     Idle,
     Primary(Box<Primary>),
+    /// A waiting QEMU is attached, and nothing is received yet.
+    Waiting(LifeId, Box<(Waiting, RamImage)>),
     Standby(Box<Copy>),
 }
 
@@ -231,6 +234,7 @@ impl Machine {
                     tracing::debug!(error = %e, "end of tracking");
                 }
             }
+            Role::Waiting(_, home) => drop(home),
             Role::Standby(c) => drop(c),
         }
         self.env.nics.discard();

@@ -34,17 +34,45 @@ pub(super) struct Copy {
 }
 
 impl Machine {
-    /// A fresh copy: nothing is known of what it holds.
+    /// A fresh copy: nothing is known of what it holds. A waiting QEMU that is attached already is its home;
+    /// else one may be attached later.
     pub(super) fn receive(&mut self, my_life: LifeId, peer_life: Option<LifeId>) -> Obeyed {
+        let home = self.take_home();
         self.let_go();
         self.env.disks.become_standby().map_err(text)?;
         self.env.disks.serve().map_err(text)?;
         let incoming = self.env.listen(self.term, my_life, peer_life)?;
         let ports = incoming.ports().to_vec();
-        self.start_copy(my_life, incoming, None, false)?;
+        let (waiting, image) = home.unzip();
+        let ready = waiting.is_some();
+        self.start_copy(my_life, incoming, image, false)?;
+        if let Role::Standby(c) = &mut self.role {
+            c.waiting = waiting;
+            c.ready = ready;
+        }
         let term = self.term;
         self.report(Report::Listening { term, ports });
+        if ready {
+            self.report(Report::Ready);
+        }
         Ok(())
+    }
+
+    /// The waiting QEMU that is attached, with its RAM emptied.
+    fn take_home(&mut self) -> Option<(Waiting, RamImage)> {
+        match std::mem::replace(&mut self.role, Role::Idle) {
+            Role::Waiting(_, home) => Some(*home),
+            Role::Standby(mut c) if c.ready => {
+                let waiting = c.waiting.take()?;
+                let mut image = c.standby.finish().image?;
+                image.clear().ok()?;
+                Some((waiting, image))
+            }
+            other => {
+                self.role = other;
+                None
+            }
+        }
     }
 
     fn start_copy(
@@ -82,10 +110,10 @@ impl Machine {
     }
 
     pub(super) fn attach_standby(&mut self, life: LifeId) -> Obeyed {
-        let Role::Standby(c) = &mut self.role else {
-            return Err("there is no copy to attach a waiting QEMU to: Receive comes first".into());
-        };
-        let attached = (|| {
+        if !matches!(self.role, Role::Standby(_)) {
+            self.let_go();
+        }
+        let attached = self.env.disks.serve().map_err(text).and_then(|()| {
             let mut qmp = self.env.monitor()?;
             promote::prepare(&mut qmp).map_err(text)?;
             let blocks = ram_blocks(&mut qmp).map_err(text)?;
@@ -94,15 +122,21 @@ impl Machine {
             // itself writes counts.
             let mut capture = Capture::attach(&mut qmp).map_err(text)?;
             capture.forget_all().map_err(text)?;
-            c.life = life;
-            c.ready = false;
-            c.waiting = Some(Waiting { qmp, capture });
-            c.standby.rehome(fresh);
-            Ok::<_, String>(())
-        })();
-        match attached {
-            Ok(()) => self.report(Report::Attached { life }),
-            Err(why) => {
+            Ok((Waiting { qmp, capture }, fresh))
+        });
+        match (attached, &mut self.role) {
+            (Ok((waiting, fresh)), Role::Standby(c)) => {
+                c.life = life;
+                c.ready = false;
+                c.waiting = Some(waiting);
+                c.standby.rehome(fresh);
+                self.report(Report::Attached { life });
+            }
+            (Ok(home), _) => {
+                self.role = Role::Waiting(life, Box::new(home));
+                self.report(Report::Attached { life });
+            }
+            (Err(why), _) => {
                 tracing::error!(why, "attach the waiting guest");
                 self.report(Report::AttachFailed { why });
             }

@@ -28,6 +28,11 @@ impl Machine {
         };
         match &self.role {
             Role::Idle => {}
+            Role::Waiting(life, home) => {
+                s.mode = Mode::Waiting;
+                s.life = Some(*life);
+                s.ram_bytes = home.1.total_bytes();
+            }
             Role::Primary(p) => {
                 s.mode = p.mode;
                 s.life = Some(p.life);
@@ -53,8 +58,7 @@ impl Machine {
                 s.mode = match () {
                     () if c.standby.is_sealed() => Mode::Sealed,
                     () if c.standby.is_confirmed() => Mode::Eligible,
-                    () if c.waiting.is_some() => Mode::Receiving,
-                    () => Mode::Waiting,
+                    () => Mode::Receiving,
                 };
                 let seen = c.standby.seen();
                 (s.stream, s.acked, s.closed) = (seen.stream, seen.committed, seen.complete);
@@ -82,7 +86,7 @@ impl Machine {
                 c.epochs = seen.committed.0;
                 count_links(&mut c, &s.standby.link_counters());
             }
-            Role::Idle => {}
+            Role::Idle | Role::Waiting(..) => {}
         }
         c
     }

@@ -142,8 +142,8 @@ fn apply(disk: &dyn Store, size: u64, seg: &dyn Store, f: &Found) -> Result<u64>
             continue;
         };
         if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(DiskError::Failed(
-                "the disk journal names blocks outside the disk; it belongs to another disk".into(),
+            return Err(DiskError::JournalLost(
+                "it names blocks outside the disk".into(),
             ));
         }
         if zero {
@@ -163,20 +163,38 @@ fn apply(disk: &dyn Store, size: u64, seg: &dyn Store, f: &Found) -> Result<u64>
     Ok(written)
 }
 
+/// The journal's files, and what is expected of them.
+#[derive(Debug)]
+pub(crate) struct Files {
+    pub(crate) segments: [Arc<dyn Store>; 2],
+    pub(crate) disk_id: [u8; 16],
+    /// Bytes to reserve in each.
+    pub(crate) segment_bytes: u64,
+    /// They may be empty.
+    pub(crate) fresh: bool,
+}
+
 /// Opens both segments, replays them and leaves them empty and durable.
 pub(crate) fn open(
     disk: &dyn Store,
     size: u64,
-    disk_id: [u8; 16],
-    segments: [Arc<dyn Store>; 2],
-    segment_bytes: u64,
+    files: Files,
     upto: Option<(StreamId, EpochNo)>,
 ) -> Result<([Segment; 2], Replayed, u64)> {
+    let Files {
+        segments,
+        disk_id,
+        segment_bytes,
+        fresh,
+    } = files;
     let heads = [Segment::read(&segments[0])?, Segment::read(&segments[1])?];
-    if heads.iter().flatten().any(|h| h.disk_id != disk_id) {
-        return Err(DiskError::Failed(
-            "the disk journal belongs to another disk; check the configured paths".into(),
+    if !fresh && heads.iter().any(Option::is_none) {
+        return Err(DiskError::JournalLost(
+            "a segment was never set up, or is emptied".into(),
         ));
+    }
+    if heads.iter().flatten().any(|h| h.disk_id != disk_id) {
+        return Err(DiskError::JournalLost("it belongs to another disk".into()));
     }
     let (done, next_seq) = replay(disk, size, &segments, &heads, upto)?;
     let mut next_seq = next_seq;

@@ -91,9 +91,8 @@ impl Segment {
             }
         }
         match best {
-            None if !blank => Err(DiskError::Failed(
-                "both headers of a journal segment are damaged; the copy must be compared in full"
-                    .into(),
+            None if !blank => Err(DiskError::JournalLost(
+                "both headers of a segment are damaged".into(),
             )),
             found => Ok(found),
         }

@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bytes fetched from the socket at once: several small requests in one system call.
 const RX_BYTES: usize = 32 * 1024;
 
+/// The largest buffer that a worker keeps for its next request.
+const KEEP_BYTES: usize = 2 << 20;
+
 /// A connection shared by its workers.
 #[derive(Debug)]
 pub(super) struct Conn {
@@ -52,6 +55,12 @@ impl Conn {
         let mut data = Vec::new();
         let mut out = Vec::new();
         loop {
+            // One huge request must not pin its size for the life of the connection.
+            for buf in [&mut data, &mut out] {
+                if buf.capacity() > KEEP_BYTES {
+                    *buf = Vec::new();
+                }
+            }
             let done = match self.receive(&mut data) {
                 Ok(Some(r)) => self.answer(r, &mut data, &mut out),
                 Ok(None) => return,

@@ -18,12 +18,15 @@
 //! belong to epochs that the peer has not made durable; `may` holds at least both, and is what the
 //! bitmap on disk is written from.
 
-use crate::blocks::{BLOCKS_PER_EXTENT, BlockSet, span};
-use crate::counters::{Live, add};
+mod log;
+mod marks;
+
+use crate::blocks::{BlockSet, span};
+use crate::counters::Live;
 use crate::epoch::{Charge, DiskWrite, EpochWrites, WriteOp};
 use crate::error::{DiskError, Result};
 use crate::intent::{Intent, Settled};
-use crate::meta::{MetaFile, Opened, bitmap};
+use crate::meta::{MetaFile, Opened};
 use havm_core::ids::{EpochNo, StreamId};
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -210,84 +213,6 @@ impl Tracker {
         })
     }
 
-    /// Takes the extents of a write into the log; returns when they are durable there. Whoever
-    /// finds the log idle writes the transaction for everybody who waits.
-    fn activate<'a>(
-        &'a self,
-        mut g: MutexGuard<'a, Inner>,
-        offset: u64,
-        len: u64,
-    ) -> (MutexGuard<'a, Inner>, Result<()>) {
-        let extents = Intent::extents_of(offset, len);
-        loop {
-            // Eviction belongs to an idle log: what it notes goes into the next transaction.
-            if !g.log_busy {
-                let missing = g.intent.missing(extents.clone());
-                if missing > g.intent.room() {
-                    g.evict(missing);
-                }
-                if missing <= g.intent.room() {
-                    break;
-                }
-            } else if g.intent.missing(extents.clone()) <= g.intent.room() {
-                break;
-            }
-            if let Err(e) = g.check() {
-                return (g, Err(e));
-            }
-            g.waiters += 1;
-            g = self.wait(g);
-            g.waiters -= 1;
-        }
-        g.intent.enter(extents.clone());
-        loop {
-            if g.intent.active(extents.clone()) {
-                return (g, Ok(()));
-            }
-            if let Err(e) = g.check() {
-                g.intent.leave(extents, 0, 0);
-                return (g, Err(e));
-            }
-            if g.log_busy {
-                g.waiters += 1;
-                g = self.wait(g);
-                g.waiters -= 1;
-                continue;
-            }
-            g = self.write_log(g);
-        }
-    }
-
-    /// Writes stale pages, then one log transaction, both durably, without holding the lock.
-    fn write_log<'a>(&'a self, mut g: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        g.log_busy = true;
-        g.log_seq += 1;
-        let pages: Vec<(u32, Vec<u8>)> = std::mem::take(&mut g.stale_pages)
-            .into_iter()
-            .map(|p| (p, bitmap::encode(&g.may, p)))
-            .collect();
-        let (seq, listing) = (g.log_seq, g.intent.listing());
-        drop(g);
-        let done = (if pages.is_empty() {
-            Ok(())
-        } else {
-            self.meta.write_encoded_pages(&pages)
-        })
-        .and_then(|()| self.meta.write_log(seq, &listing));
-        add(&self.counters.log_writes, 1);
-        let mut g = self.lock();
-        g.log_busy = false;
-        match done {
-            Ok(()) => {
-                let n = g.intent.activated(&listing);
-                add(&self.counters.log_activations, n as u64);
-            }
-            Err(e) => g.fail(&e),
-        }
-        self.changed.notify_all();
-        g
-    }
-
     /// After the write: `op` is what it did (the data where the ticket asked for it).
     pub(crate) fn end(&self, t: Ticket, ok: bool, op: Option<WriteOp>) {
         let mut g = self.lock();
@@ -458,66 +383,6 @@ impl Tracker {
         Ok(())
     }
 
-    pub(crate) fn dirty(&self) -> BlockSet {
-        self.lock().dirty.clone()
-    }
-
-    pub(crate) fn dirty_bytes(&self) -> u64 {
-        self.lock().dirty.bytes()
-    }
-
-    /// Marks blocks, durably.
-    pub(crate) fn mark(&self, set: &BlockSet) -> Result<()> {
-        let mut g = self.lock();
-        g.check()?;
-        g.dirty.union(set);
-        g.may.union(set);
-        drop(g);
-        self.write_bitmap()
-    }
-
-    /// These blocks are equal once `epoch` is durable at the peer: they move from the marks to
-    /// that epoch's list. Only the open epoch or an unsettled one is accepted.
-    pub(crate) fn synced(&self, blocks: &[u32], epoch: EpochNo) -> Result<()> {
-        let mut g = self.lock();
-        if g.mode != Mode::Tracking || epoch.0 > g.open.epoch || epoch.0 <= g.durable {
-            return Err(g.wrong("synced"));
-        }
-        let mut moved = Vec::with_capacity(blocks.len());
-        for b in blocks
-            .iter()
-            .filter(|b| **b < g.dirty.capacity())
-            .copied()
-            .collect::<Vec<_>>()
-        {
-            g.dirty.remove(b);
-            g.intent
-                .touch((u64::from(b) / BLOCKS_PER_EXTENT) as u32, epoch.0);
-            moved.push(b);
-        }
-        if epoch.0 == g.open.epoch {
-            g.open.blocks.extend(moved);
-        } else {
-            g.unsettled_blocks += moved.len();
-            let at = g.unsettled.partition_point(|l| l.0 < epoch.0);
-            match g.unsettled.get_mut(at) {
-                Some(l) if l.0 == epoch.0 => l.1.extend(moved),
-                _ => g.unsettled.insert(at, (epoch.0, moved)),
-            }
-            g.fold();
-        }
-        Ok(())
-    }
-
-    /// Takes all marks off: this copy and the peer's are known to be equal and durable.
-    pub(crate) fn forget_differences(&self) -> Result<()> {
-        let mut g = self.lock();
-        g.check()?;
-        g.dirty.clear();
-        drop(g);
-        self.tidy()
-    }
-
     /// Around a flush of the disk: before it.
     pub(crate) fn flush_begins(&self) -> Result<u64> {
         let mut g = self.lock();
@@ -550,68 +415,6 @@ impl Tracker {
     pub(crate) fn held(&self) -> (u64, u64) {
         (self.held.load(Relaxed), self.limit_bytes)
     }
-
-    /// Shrinks what a crash would make us compare: rewrites the bitmap from what is known, and
-    /// takes clean extents out of the log. Call it after a flush of the disk, seldom.
-    pub(crate) fn tidy(&self) -> Result<()> {
-        let mut g = self.lock();
-        g.check()?;
-        g.recount();
-        drop(g);
-        self.write_bitmap()?;
-        let mut g = self.idle_log();
-        let settled = g.settled();
-        let Inner { intent, dirty, .. } = &mut *g;
-        let gone = intent.drop_clean(settled, |e| marked(dirty, e));
-        if gone > 0 {
-            g = self.write_log(g);
-        }
-        g.check()
-    }
-
-    /// At a clean end, with no write in flight and the disk flushed: every mark into the bitmap,
-    /// every extent out of the log, so that the next start compares exactly what differs.
-    pub(crate) fn close(&self) -> Result<()> {
-        self.lock().recount();
-        self.write_bitmap()?;
-        let mut g = self.idle_log();
-        if g.in_flight.is_empty() {
-            // What the bitmap now says covers all of them.
-            let n = g.intent.len();
-            let all = Settled {
-                epoch: u64::MAX,
-                flushed_gen: u64::MAX,
-            };
-            g.intent.evict(n, all, |_| false);
-            g = self.write_log(g);
-        }
-        g.check()
-    }
-
-    fn write_bitmap(&self) -> Result<()> {
-        // As a log transaction, so that no eviction writes an older page over a newer one.
-        let mut g = self.idle_log();
-        let pages = bitmap::pages(g.may.capacity());
-        g.stale_pages.extend(0..pages);
-        g = self.write_log(g);
-        g.check()
-    }
-
-    fn idle_log(&self) -> MutexGuard<'_, Inner> {
-        let mut g = self.lock();
-        while g.log_busy {
-            g.waiters += 1;
-            g = self.wait(g);
-            g.waiters -= 1;
-        }
-        g
-    }
-}
-
-/// Whether any block of the extent is in the set.
-fn marked(set: &BlockSet, extent: u32) -> bool {
-    let first = extent.saturating_mul(BLOCKS_PER_EXTENT as u32);
-    set.intersects_span(first, first.saturating_add(BLOCKS_PER_EXTENT as u32 - 1))
 }
 
 impl Inner {
@@ -641,77 +444,5 @@ impl Inner {
             epoch: self.acked.min(self.durable),
             flushed_gen: self.flushed_gen,
         }
-    }
-
-    /// Makes room for `missing` extents and some more. Bitmap pages that must be durable before
-    /// the next transaction are noted.
-    fn evict(&mut self, missing: usize) {
-        let n = missing.max(self.intent.len() / 8);
-        let settled = self.settled();
-        let dirty = &self.dirty;
-        let marked_ones = self.intent.evict(n, settled, |e| marked(dirty, e));
-        for (e, write_gen) in marked_ones {
-            let first = e * BLOCKS_PER_EXTENT as u32;
-            let last = (first + BLOCKS_PER_EXTENT as u32 - 1).min(self.may.capacity() - 1);
-            self.stale_pages.insert(bitmap::page_of(first));
-            self.stale_pages.insert(bitmap::page_of(last));
-            if write_gen >= settled.flushed_gen {
-                self.unflushed.push((e, write_gen));
-            }
-        }
-    }
-
-    fn settle(&mut self) {
-        let upto = self.acked.min(self.durable);
-        while self.unsettled.front().is_some_and(|l| l.0 <= upto) {
-            if let Some(l) = self.unsettled.pop_front() {
-                self.unsettled_blocks -= l.1.len();
-            }
-        }
-    }
-
-    /// Bounds the lists: duplicates go first, then the oldest epochs' blocks are marked instead.
-    fn fold(&mut self) {
-        if self.unsettled_blocks <= MAX_UNSETTLED {
-            return;
-        }
-        for l in &mut self.unsettled {
-            l.1.sort_unstable();
-            l.1.dedup();
-        }
-        self.unsettled_blocks = self.unsettled.iter().map(|l| l.1.len()).sum();
-        while self.unsettled_blocks > MAX_UNSETTLED / 2 {
-            let Some(l) = self.unsettled.pop_front() else {
-                break;
-            };
-            self.unsettled_blocks -= l.1.len();
-            l.1.iter().for_each(|b| self.dirty.insert(*b));
-        }
-    }
-
-    /// `may` = what is marked and what epochs in flight wrote, and no more.
-    fn recount(&mut self) {
-        let mut may = self.dirty.clone();
-        for b in self
-            .unsettled
-            .iter()
-            .flat_map(|l| &l.1)
-            .chain(&self.open.blocks)
-        {
-            may.insert(*b);
-        }
-        for r in &self.in_flight {
-            let (a, b) = span(r.0, r.1 - r.0);
-            may.insert_span(a, b);
-        }
-        let flushed = self.flushed_gen;
-        self.unflushed.retain(|u| u.1 >= flushed);
-        for (e, _) in &self.unflushed {
-            let first = e * BLOCKS_PER_EXTENT as u32;
-            (first..first + BLOCKS_PER_EXTENT as u32)
-                .filter(|b| self.may.contains(*b))
-                .for_each(|b| may.insert(b));
-        }
-        self.may = may;
     }
 }
