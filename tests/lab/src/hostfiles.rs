@@ -67,6 +67,29 @@ impl HostFiles {
         fs::write(&path, text).with_context(|| format!("writing {}", path.display()))
     }
 
+    /// Removes what an earlier lab left.
+    pub fn forget(&self, keep_disks: bool, keep_boot: bool) -> Result<()> {
+        for entry in fs::read_dir(&self.dir)
+            .into_iter()
+            .flatten()
+            .filter_map(Result::ok)
+        {
+            let is_boot = entry.file_name() == "boot.d";
+            if if is_boot { keep_boot } else { keep_disks } {
+                continue;
+            }
+            let path = entry.path();
+            let is_dir = entry.file_type().is_ok_and(|t| t.is_dir());
+            let removed = if is_dir {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
+            removed.with_context(|| format!("removing {}", path.display()))?;
+        }
+        Ok(())
+    }
+
     /// Makes what is missing. What an admin changed meanwhile stays.
     pub fn prepare(&self) -> Result<()> {
         let dirs = BINDS.iter().map(|b| b.0).chain([

@@ -28,6 +28,10 @@ pub struct Options {
     pub dir: PathBuf,
     /// Start from the disks that are there instead of empty ones.
     pub keep_disks: bool,
+    /// Start what an earlier lab's hosts had in their boot.d too.
+    pub keep_boot: bool,
+    /// Executables that hosts start at every power on, the first included: host, name, script.
+    pub boot: Vec<(Host, String, String)>,
 }
 
 impl Options {
@@ -43,6 +47,8 @@ impl Options {
             name: name.to_owned(),
             dir: place::target_dir()?.join(folder),
             keep_disks: false,
+            keep_boot: false,
+            boot: Vec::new(),
         })
     }
 }
@@ -97,27 +103,12 @@ impl Lab {
         let mut lab = Lab::open(options)?;
         lab.down()?;
         let _lock = lab.lock()?;
-        if !options.keep_disks {
-            for host in Host::ALL {
-                let dir = lab.files(host).dir;
-                // boot.d is configuration of the lab, not a disk.
-                for entry in fs::read_dir(&dir)
-                    .into_iter()
-                    .flatten()
-                    .filter_map(Result::ok)
-                {
-                    let path = entry.path();
-                    if entry.file_name() == "boot.d" {
-                        continue;
-                    }
-                    let removed = if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                        fs::remove_dir_all(&path)
-                    } else {
-                        fs::remove_file(&path)
-                    };
-                    removed.with_context(|| format!("removing {}", path.display()))?;
-                }
-            }
+        for host in Host::ALL {
+            lab.files(host)
+                .forget(options.keep_disks, options.keep_boot)?;
+        }
+        for (host, name, script) in &options.boot {
+            lab.files(*host).add_boot(name, script)?;
         }
         lab.down_on_drop = true;
         lab.save_links(&Links::default())?;

@@ -181,6 +181,7 @@ fn work(cli: Cli) -> Result<()> {
         Command::Up { keep_disks } => {
             let start = std::time::Instant::now();
             options.keep_disks = keep_disks;
+            options.keep_boot = true;
             Lab::up(&options)?.keep();
             println!(
                 "lab {} is up after {:.1} s",

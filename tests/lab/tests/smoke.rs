@@ -1,7 +1,7 @@
 //! The lab itself, with a plain libvirt guest in it: what every end-to-end test builds on.
 //! Needs root, libvirt and the guest kernel (scripts/deps.sh).
 
-use havm_guest::client::{ClientHandle, Question};
+use havm_guest::client::ClientHandle;
 use havm_guest::domain::Domain;
 use havm_guest::image::GuestFiles;
 use havm_guest::recorder::RecorderHandle;
@@ -164,7 +164,10 @@ fn power_and_links() {
         "kept"
     );
     assert!(on(Host::Beta, "cat /run/f").is_err(), "/run survived");
-    assert_eq!(on(Host::Beta, "ls /var/lib/libvirt/qemu/ram").unwrap(), "");
+    assert!(
+        on(Host::Beta, "cat /var/lib/libvirt/qemu/ram/f").is_err(),
+        "guest RAM survived"
+    );
     let booted = procs::wait_until(Duration::from_secs(5), || {
         on(Host::Beta, "cat /var/lib/havm/boots").is_ok_and(|b| b == "x\nx")
     });
@@ -280,8 +283,6 @@ fn a_guest_ends_as_it_is_told() {
     virsh(&["-q", "shutdown", "one"]);
     assert!(state_is("shut off"), "virsh shutdown is not obeyed");
     virsh(&["-q", "start", "one"]);
-    // From this namespace the guest's address is not reachable: only the lab's client is.
-    assert!(Question::connect(GUEST.parse().unwrap(), Duration::ZERO).is_err());
     procs::wait_until(Duration::from_secs(30), || ask(r#"{"op":"seen"}"#).is_ok());
     ask(r#"{"op":"poweroff"}"#).unwrap();
     assert!(state_is("shut off"), "poweroff");

@@ -5,6 +5,8 @@ use crate::proto::{
 };
 use crate::report::{Ask, ConnSeen, MAX_DUMP_RECORDS, Seen};
 use anyhow::{Context, Result, bail};
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::{KeepAlive, TcpKeepCount, TcpKeepIdle, TcpKeepInterval};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
@@ -24,6 +26,12 @@ impl Question {
                 Ok(stream) => {
                     stream.set_nodelay(true)?;
                     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+                    // A guest that was rebooted while we wait for its answer says so only when
+                    // it is asked.
+                    setsockopt(&stream, KeepAlive, &true)?;
+                    setsockopt(&stream, TcpKeepIdle, &1)?;
+                    setsockopt(&stream, TcpKeepInterval, &1)?;
+                    setsockopt(&stream, TcpKeepCount, &60)?;
                     return Ok(Question { stream, number: 0 });
                 }
                 Err(e) if Instant::now() >= end => {

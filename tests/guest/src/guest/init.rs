@@ -6,6 +6,7 @@
 use super::{say, sys};
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
+use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// Where the image builder puts the modules, and their order.
@@ -143,8 +144,13 @@ pub fn obey_power_button() {
     }
 }
 
+/// Held for reading while a request is worked on, for writing once the machine ends: the disk goes
+/// away then, and a service that ends in order does not write to it any more.
+pub static AT_WORK: RwLock<()> = RwLock::new(());
+
 /// Ends the machine; says so when that fails.
 pub fn end(how: sys::End) {
+    let _no_more_work = AT_WORK.write().unwrap_or_else(PoisonError::into_inner);
     say(match how {
         sys::End::Poweroff => "powering off",
         sys::End::Reboot => "rebooting",

@@ -13,7 +13,7 @@ use crate::report::{Ask, ConnSeen, MAX_DUMP_RECORDS, Seen};
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Connections served at the same time.
@@ -136,6 +136,7 @@ impl Server {
     }
 
     fn testify(&self, stream: &mut TcpStream, request: &Request, payload: &[u8]) -> io::Result<()> {
+        let _at_work = init::AT_WORK.read().unwrap_or_else(PoisonError::into_inner);
         let stamp_ns = sys::monotonic_ns();
         let mut answer = Answer {
             kind: Kind::Testify,
