@@ -147,7 +147,7 @@ pub enum EnrolError {
     /// Not two nodes.
     #[error("a pair is two different nodes with two different certificates")]
     NotAPair,
-    /// One of the nodes is in another pair with somebody else who is still there.
+    /// The book was rolled back.
     #[error(
         "this book is an old copy (a node has seen a newer one): make it anew with `havm witness --reset`, then enrol"
     )]
