@@ -145,3 +145,58 @@ impl Cgroup {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    /// Freezing, and killing what is frozen, with each kind of cgroup that this machine has.
+    #[test]
+    fn members_freeze_and_die() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let name = format!("havm-lab-unit{}", std::process::id());
+        let kinds = [
+            ("/sys/fs/cgroup", "cgroup.controllers", true),
+            ("/sys/fs/cgroup/unified", "cgroup.controllers", true),
+            ("/sys/fs/cgroup/freezer", "cgroup.procs", false),
+        ];
+        let mut tried = 0;
+        for (root, sign, v2) in kinds {
+            if !Path::new(root).join(sign).exists() {
+                continue;
+            }
+            tried += 1;
+            let cgroup = Cgroup {
+                path: Path::new(root).join(&name),
+                v2,
+            };
+            cgroup.make().unwrap();
+            let mut child = Command::new("/bin/sh")
+                .args(["-c", "echo 0 >\"$0\" && echo in && exec sleep 100"])
+                .arg(cgroup.procs_file())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut said = [0; 3];
+            std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut said).unwrap();
+            assert_eq!(cgroup.members().len(), 1);
+            assert!(!cgroup.frozen());
+            cgroup.freeze().unwrap();
+            cgroup.thaw().unwrap();
+            assert!(!cgroup.frozen());
+            cgroup.freeze().unwrap();
+            cgroup.kill().unwrap();
+            assert!(
+                !child.wait().unwrap().success(),
+                "{root}: it was not killed"
+            );
+            cgroup.remove().unwrap();
+            assert!(!cgroup.path.exists());
+        }
+        assert!(tried > 0, "no cgroup here");
+    }
+}
