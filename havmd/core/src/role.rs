@@ -45,7 +45,12 @@ const fn edge(from: State, to: State, term: TermMove, why: &'static str) -> Edge
 pub const EDGES: &[Edge] = &[
     edge((Solo, Active), (Protected, Active), Same, "3 protect"),
     edge((Solo, Active), (Ineligible, Active), Join, "10 rejoin"),
-    edge((Solo, Active), (Solo, Active), Join, "8 yielded above, 7 take"),
+    edge(
+        (Solo, Active),
+        (Solo, Active),
+        Join,
+        "8 yielded above, 7 take",
+    ),
     edge((Protected, Active), (Solo, Active), Join, "7 take"),
     edge(
         (Protected, Active),

@@ -85,9 +85,13 @@ impl Checker {
         if let Some(old) = old
             && (new.term < old.term || new.basis < old.basis)
         {
-            self.fail(format!("node {node}: term {} (basis {}) after term {} (basis {})", new.term, new.basis, old.term, old.basis));
+            self.fail(format!(
+                "node {node}: term {} (basis {}) after term {} (basis {})",
+                new.term, new.basis, old.term, old.basis
+            ));
         }
-        let primary = matches!(new.role, Role::Solo | Role::Protected) && new.status == RoleStatus::Active;
+        let primary =
+            matches!(new.role, Role::Solo | Role::Protected) && new.status == RoleStatus::Active;
         if primary {
             let owner = *self.primaries.entry(new.basis).or_insert(node);
             if owner != node {

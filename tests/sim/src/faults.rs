@@ -67,7 +67,11 @@ impl World {
             return;
         }
         self.faulty = true;
-        let drawn: Vec<_> = DRAWN.iter().filter(|(f, _)| self.allowed(*f)).copied().collect();
+        let drawn: Vec<_> = DRAWN
+            .iter()
+            .filter(|(f, _)| self.allowed(*f))
+            .copied()
+            .collect();
         let total: u64 = drawn.iter().map(|(_, w)| w).sum();
         if total > 0 {
             let mut pick = self.rng.range(0, total);
@@ -80,7 +84,11 @@ impl World {
             }
         }
         // Bursts and calm stretches: faults in the middle of healing, and protection in between.
-        let next = if self.rng.chance(1, 3) { self.rng.range(1, 200) } else { self.rng.range(200, 3_500) };
+        let next = if self.rng.chance(1, 3) {
+            self.rng.range(1, 200)
+        } else {
+            self.rng.range(200, 3_500)
+        };
         self.push(next * MS, Ev::Fault);
     }
 
@@ -111,25 +119,55 @@ impl World {
             }
             Fault::BothLinks => {
                 self.links[node] = [false; 2];
-                self.push(long, Ev::Heal { what: Healing::Links(node) });
+                self.push(
+                    long,
+                    Ev::Heal {
+                        what: Healing::Links(node),
+                    },
+                );
                 if self.rng.chance(4, 5) {
                     self.links[1 - node] = [false; 2];
-                    self.push(long, Ev::Heal { what: Healing::Links(1 - node) });
+                    self.push(
+                        long,
+                        Ev::Heal {
+                            what: Healing::Links(1 - node),
+                        },
+                    );
                 }
             }
             Fault::OneLink => {
                 let link = self.rng.range(0, 2) as usize;
                 self.links[0][link] = false;
                 self.links[1][link] = false;
-                self.push(long, Ev::Heal { what: Healing::Links(0) });
-                self.push(long, Ev::Heal { what: Healing::Links(1) });
+                self.push(
+                    long,
+                    Ev::Heal {
+                        what: Healing::Links(0),
+                    },
+                );
+                self.push(
+                    long,
+                    Ev::Heal {
+                        what: Healing::Links(1),
+                    },
+                );
             }
             Fault::Witness => {
                 self.nodes[node].sees_witness = false;
-                self.push(long, Ev::Heal { what: Healing::Witness(node) });
+                self.push(
+                    long,
+                    Ev::Heal {
+                        what: Healing::Witness(node),
+                    },
+                );
                 if self.rng.chance(1, 2) {
                     self.nodes[1 - node].sees_witness = false;
-                    self.push(long, Ev::Heal { what: Healing::Witness(1 - node) });
+                    self.push(
+                        long,
+                        Ev::Heal {
+                            what: Healing::Witness(1 - node),
+                        },
+                    );
                 }
             }
             Fault::Stop => self.stop_guest(node),
@@ -145,8 +183,15 @@ impl World {
     /// From inside, by `virsh destroy`, or by `havm stop`.
     fn stop_guest(&mut self, node: usize) {
         let later = self.rng.range(500, 4_000) * MS;
-        self.push(later, Ev::Heal { what: Healing::Start });
-        let Some(g) = self.nodes[node].guest.as_mut().filter(|g| g.running) else { return };
+        self.push(
+            later,
+            Ev::Heal {
+                what: Healing::Start,
+            },
+        );
+        let Some(g) = self.nodes[node].guest.as_mut().filter(|g| g.running) else {
+            return;
+        };
         let life = g.life;
         match self.rng.range(0, 3) {
             0 => {
@@ -156,9 +201,21 @@ impl World {
                     g.running = false;
                 }
                 if self.nodes[node].replica.is_some() {
-                    self.report(node, Report::GuestEnded { how: GuestEnd::Shutdown });
+                    self.report(
+                        node,
+                        Report::GuestEnded {
+                            how: GuestEnd::Shutdown,
+                        },
+                    );
                 }
-                self.push(90 * MS, Ev::GuestEnds { node, life, intended: true });
+                self.push(
+                    90 * MS,
+                    Ev::GuestEnds {
+                        node,
+                        life,
+                        intended: true,
+                    },
+                );
             }
             1 => self.guest_ends(node, life, true),
             _ => self.tell(node, Event::Operator(Operator::Stop)),

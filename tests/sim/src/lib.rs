@@ -12,4 +12,4 @@ pub mod replica;
 pub mod rng;
 pub mod world;
 
-pub use world::{Outcome, Setup, run};
+pub use world::{Lie, Outcome, Setup, run};

@@ -1,7 +1,7 @@
 //! How the modelled replicator obeys orders and handles epochs.
 
 use crate::replica::{Gate, Packet, Receiver, Replica, Sender};
-use crate::world::{EPOCH_US, Ev, MS, World, primary_mode};
+use crate::world::{EPOCH_US, Ev, Lie, MS, World, primary_mode};
 use havm_core::ids::{EpochNo, LifeId, StreamId, Term};
 use havm_core::order::{Mode, Order, PromoteAs, Report};
 
@@ -53,30 +53,50 @@ impl World {
 
     pub(crate) fn obey(&mut self, node: usize, rid: u64, order: Order) {
         let now = self.now;
-        let Some(r) = self.replica(node, rid) else { return };
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
         if let Some(t) = term_of(&order) {
             if t < r.term {
                 let why = format!("term {t} after {}", r.term);
-                return self.report(node, Report::Refused { order: format!("{order:?}"), why });
+                return self.report(
+                    node,
+                    Report::Refused {
+                        order: format!("{order:?}"),
+                        why,
+                    },
+                );
             }
             r.term = t;
         }
-        let Some(r) = self.replica(node, rid) else { return };
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
         match order {
             Order::Status | Order::Verify { .. } | Order::Quit => {}
             Order::AttachPrimary { life } => self.attach(node, rid, life, false),
             Order::AttachStandby { life } => self.attach(node, rid, life, true),
             Order::Run { .. } => {
-                if let Some(g) = self.nodes[node].guest.as_mut().filter(|g| !g.waiting && !g.down) {
+                if let Some(g) = self.nodes[node]
+                    .guest
+                    .as_mut()
+                    .filter(|g| !g.waiting && !g.down)
+                {
                     g.running = true;
                 }
             }
             Order::OpenGate { .. } => {
                 r.gate = Gate::Open;
-                r.mode = if r.send.is_some() { Mode::Syncing } else { Mode::Solo };
+                r.mode = if r.send.is_some() {
+                    Mode::Syncing
+                } else {
+                    Mode::Solo
+                };
             }
             Order::CloseGate { .. } => r.gate = Gate::Closed,
-            Order::StartStream { term, peer_life, .. } => {
+            Order::StartStream {
+                term, peer_life, ..
+            } => {
                 let s = self.sender(term, peer_life, false);
                 if let Some(r) = self.replica(node, rid) {
                     r.send = Some(s);
@@ -124,7 +144,13 @@ impl World {
             Order::HandOver { term } => {
                 let fit = r.mode == Mode::Protected && r.send.is_some();
                 if !fit {
-                    return self.report(node, Report::HandOverFailed { term, why: "not protected".into() });
+                    return self.report(
+                        node,
+                        Report::HandOverFailed {
+                            term,
+                            why: "not protected".into(),
+                        },
+                    );
                 }
                 let last = r.send.as_ref().map_or(0, |s| s.points.len() as u64) + 1;
                 r.handing = Some((last, now + HAND_US));
@@ -145,11 +171,23 @@ impl World {
             }
             Order::BecomeStandby { term, my_life, .. } => {
                 if r.mode != Mode::Handed {
-                    return self.report(node, Report::Refused { order: "become-standby".into(), why: "not handed".into() });
+                    return self.report(
+                        node,
+                        Report::Refused {
+                            order: "become-standby".into(),
+                            why: "not handed".into(),
+                        },
+                    );
                 }
                 let point = self.nodes[node].guest.as_ref().and_then(|g| g.point);
-                let Some(r) = self.replica(node, rid) else { return };
-                r.recv = Some(Receiver { complete: true, confirmed: true, ..receiver(term, my_life, point) });
+                let Some(r) = self.replica(node, rid) else {
+                    return;
+                };
+                r.recv = Some(Receiver {
+                    complete: true,
+                    confirmed: true,
+                    ..receiver(term, my_life, point)
+                });
                 r.send = None;
                 r.gate = Gate::Closed;
                 r.mode = Mode::Eligible;
@@ -173,16 +211,30 @@ impl World {
     }
 
     fn attach(&mut self, node: usize, rid: u64, life: LifeId, waiting: bool) {
-        let fits = self.nodes[node].guest.as_ref().is_some_and(|g| g.life == life && g.waiting == waiting);
-        let Some(r) = self.replica(node, rid) else { return };
+        let fits = self.nodes[node]
+            .guest
+            .as_ref()
+            .is_some_and(|g| g.life == life && g.waiting == waiting);
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
         if !fits {
-            return self.report(node, Report::AttachFailed { why: "no such process".into() });
+            return self.report(
+                node,
+                Report::AttachFailed {
+                    why: "no such process".into(),
+                },
+            );
         }
         r.life = Some(life);
         r.attached = true;
         let holds = r.recv.as_ref().is_some_and(|v| v.complete);
         if !holds {
-            r.mode = if waiting { Mode::Waiting } else { Mode::Attached };
+            r.mode = if waiting {
+                Mode::Waiting
+            } else {
+                Mode::Attached
+            };
         }
         self.report(node, Report::Attached { life });
         if waiting && holds {
@@ -190,27 +242,62 @@ impl World {
         }
     }
 
-    fn promote(&mut self, node: usize, rid: u64, term: Term, expect: Option<EpochNo>, then: PromoteAs) {
+    fn promote(
+        &mut self,
+        node: usize,
+        rid: u64,
+        term: Term,
+        expect: Option<EpochNo>,
+        then: PromoteAs,
+    ) {
         let unlucky = self.faulty && self.rng.chance(1, 50);
         let waits = self.nodes[node].guest.as_ref().is_some_and(|g| g.waiting);
         let now = self.now;
-        let Some(r) = self.replica(node, rid) else { return };
-        let image = r.recv.as_ref().filter(|v| v.complete && v.confirmed).map(|v| (v.n, v.point));
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
+        let image = r
+            .recv
+            .as_ref()
+            .filter(|v| v.complete && v.confirmed)
+            .map(|v| (v.n, v.point));
         let fits = waits && r.attached && !unlucky;
         let (Some((n, Some(point))), true) = (image, fits) else {
-            return self.report(node, Report::PromoteFailed { term, why: "no image".into() });
+            return self.report(
+                node,
+                Report::PromoteFailed {
+                    term,
+                    why: "no image".into(),
+                },
+            );
         };
         if expect.is_some_and(|e| e.0 != n) {
-            return self.report(node, Report::PromoteFailed { term, why: "another epoch".into() });
+            return self.report(
+                node,
+                Report::PromoteFailed {
+                    term,
+                    why: "another epoch".into(),
+                },
+            );
         }
         let sender = match &then {
             PromoteAs::Solo => None,
             PromoteAs::Protected { peer_life, .. } => Some(self.sender(term, *peer_life, true)),
         };
-        let Some(r) = self.replica(node, rid) else { return };
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
         r.recv = None;
-        r.mode = if sender.is_some() { Mode::Protected } else { Mode::Solo };
-        r.gate = if sender.is_some() { Gate::Acks } else { Gate::Open };
+        r.mode = if sender.is_some() {
+            Mode::Protected
+        } else {
+            Mode::Solo
+        };
+        r.gate = if sender.is_some() {
+            Gate::Acks
+        } else {
+            Gate::Open
+        };
         r.send = sender;
         r.heard_us = now;
         r.silent = false;
@@ -225,7 +312,14 @@ impl World {
         }
         let took = self.rng.range(2_000, 20_000);
         self.push(took + 20 * MS, Ev::Flushed { node, rid, term });
-        self.report(node, Report::Promoted { term, n: EpochNo(n), took_us: took });
+        self.report(
+            node,
+            Report::Promoted {
+                term,
+                n: EpochNo(n),
+                took_us: took,
+            },
+        );
     }
 
     pub(crate) fn flushed(&mut self, node: usize, rid: u64, term: Term) {
@@ -239,7 +333,9 @@ impl World {
 
     /// The running guest's next state belongs to a new epoch.
     fn close_epoch(&mut self, node: usize, rid: u64) {
-        let held = self.replica(node, rid).is_some_and(|r| r.attached && primary_mode(r.mode));
+        let held = self
+            .replica(node, rid)
+            .is_some_and(|r| r.attached && primary_mode(r.mode));
         let running = self.nodes[node].guest.as_ref().is_some_and(|g| g.running);
         if !held {
             return;
@@ -258,22 +354,31 @@ impl World {
         }
         let point = self.nodes[node].guest.as_ref().and_then(|g| g.point);
         let now = self.now;
-        let Some(r) = self.replica(node, rid) else { return };
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
         let gate = r.gate;
         if let (Some(s), Some(p)) = (r.send.as_mut(), point) {
             s.points.push(p);
         }
-        if let (Gate::Open, Some(p), true) = (gate, point, running) {
+        let leaks = self.setup.lie == Some(Lie::UnackedOutput) && gate == Gate::Acks;
+        if let (true, Some(p), true) = (gate == Gate::Open || leaks, point, running) {
             self.check.release(node, p, now);
         }
     }
 
     fn send_data(&mut self, node: usize, rid: u64) {
         let shutdown = self.nodes[node].guest.as_ref().is_some_and(|g| g.down);
-        let Some(r) = self.replica(node, rid) else { return };
-        let Some(s) = r.send.as_ref().filter(|s| !s.broken) else { return };
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
+        let Some(s) = r.send.as_ref().filter(|s| !s.broken) else {
+            return;
+        };
         let n = s.points.len() as u64;
-        let Some(point) = s.points.last().copied() else { return };
+        let Some(point) = s.points.last().copied() else {
+            return;
+        };
         let packet = Packet::Data {
             stream: s.stream,
             order: s.order,
@@ -288,7 +393,9 @@ impl World {
     }
 
     pub(crate) fn epoch(&mut self, node: usize, rid: u64) {
-        let Some(r) = self.replica(node, rid) else { return };
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
         if r.handing.is_none() && r.mode != Mode::Handed {
             self.close_epoch(node, rid);
         }
@@ -299,7 +406,9 @@ impl World {
 
     fn watch_stream(&mut self, node: usize, rid: u64) {
         let now = self.now;
-        let Some(r) = self.replica(node, rid) else { return };
+        let Some(r) = self.replica(node, rid) else {
+            return;
+        };
         let term = match (&r.send, &r.recv) {
             (Some(s), _) => s.term,
             (_, Some(v)) => v.term,
@@ -308,16 +417,31 @@ impl World {
         let silent = now - r.heard_us > SILENT_US;
         let changed = silent != r.silent;
         r.silent = silent;
-        let failed = r.handing.is_some_and(|(_, until)| until < now && r.mode != Mode::Handed);
+        let failed = r
+            .handing
+            .is_some_and(|(_, until)| until < now && r.mode != Mode::Handed);
         if failed {
             r.handing = None;
             if let Some(g) = self.nodes[node].guest.as_mut() {
                 g.running = !g.down;
             }
-            self.report(node, Report::HandOverFailed { term, why: "no ack".into() });
+            self.report(
+                node,
+                Report::HandOverFailed {
+                    term,
+                    why: "no ack".into(),
+                },
+            );
         }
         if changed {
-            self.report(node, if silent { Report::StreamSilent { term } } else { Report::StreamAlive { term } });
+            self.report(
+                node,
+                if silent {
+                    Report::StreamSilent { term }
+                } else {
+                    Report::StreamAlive { term }
+                },
+            );
         }
     }
 
@@ -340,23 +464,50 @@ impl World {
             Packet::Data { .. } => self.on_data(node, packet),
             Packet::Ack { stream, n } => self.on_ack(node, stream, n),
             Packet::Reject { stream } => {
-                let mine = self.nodes[node].replica.as_mut().and_then(|r| r.send.as_mut());
+                let mine = self.nodes[node]
+                    .replica
+                    .as_mut()
+                    .and_then(|r| r.send.as_mut());
                 if let Some(s) = mine.filter(|s| s.stream == stream && !s.broken) {
                     s.broken = true;
                     let term = s.term;
-                    self.report(node, Report::StreamBroken { term, why: "rejected".into() });
+                    self.report(
+                        node,
+                        Report::StreamBroken {
+                            term,
+                            why: "rejected".into(),
+                        },
+                    );
                 }
             }
         }
     }
 
     fn on_data(&mut self, node: usize, packet: Packet) {
-        let Packet::Data { stream, order, term, to_life, n, point, mark, shutdown } = packet else { return };
-        let Some(r) = self.nodes[node].replica.as_mut() else { return };
+        let Packet::Data {
+            stream,
+            order,
+            term,
+            to_life,
+            n,
+            point,
+            mark,
+            shutdown,
+        } = packet
+        else {
+            return;
+        };
+        let Some(r) = self.nodes[node].replica.as_mut() else {
+            return;
+        };
         if r.mode == Mode::Handed {
             return; // a receiver that is not bound yet
         }
-        let Some(v) = r.recv.as_mut().filter(|v| v.my_life == to_life && v.term == term) else {
+        let Some(v) = r
+            .recv
+            .as_mut()
+            .filter(|v| v.my_life == to_life && v.term == term)
+        else {
             return self.send_packet(node, Packet::Reject { stream });
         };
         match v.from {
@@ -372,17 +523,29 @@ impl World {
             return;
         }
         let mut reports = vec![];
+        let hasty = self.setup.lie == Some(Lie::AckBeforeCommit) && v.confirmed && n % 3 != 0;
+        if hasty {
+            return self.send_packet(node, Packet::Ack { stream, n: Some(n) });
+        }
         if n > v.n {
             v.n = n;
             v.point = Some(point);
             if mark && !v.complete {
                 v.complete = true;
-                reports.push(Report::EligibleImage { term, stream, n: EpochNo(n) });
+                reports.push(Report::EligibleImage {
+                    term,
+                    stream,
+                    n: EpochNo(n),
+                });
             }
         }
         if v.complete && !v.confirmed && mark && reports.is_empty() {
             // Repeated until it is confirmed.
-            reports.push(Report::EligibleImage { term, stream, n: EpochNo(v.n) });
+            reports.push(Report::EligibleImage {
+                term,
+                stream,
+                n: EpochNo(v.n),
+            });
         }
         if shutdown && v.confirmed && !v.shutdown_said {
             v.shutdown_said = true;
@@ -407,11 +570,17 @@ impl World {
 
     fn on_ack(&mut self, node: usize, stream: StreamId, n: Option<u64>) {
         let now = self.now;
-        let Some(r) = self.nodes[node].replica.as_mut() else { return };
+        let Some(r) = self.nodes[node].replica.as_mut() else {
+            return;
+        };
         let gate = r.gate;
         let handing = r.handing;
         let ports = r.ports();
-        let Some(s) = r.send.as_mut().filter(|s| s.stream == stream) else { return };
+        let any = self.setup.lie == Some(Lie::AckOfAnyStream);
+        let Some(s) = r.send.as_mut().filter(|s| any || s.stream == stream) else {
+            return;
+        };
+        let n = n.map(|n| n.min(s.points.len() as u64)).filter(|n| *n > 0);
         let term = s.term;
         let mut reports = vec![];
         s.sync_left = s.sync_left.saturating_sub(1);
@@ -425,7 +594,11 @@ impl World {
             s.acked = n;
             if marked && !s.protected {
                 s.protected = true;
-                reports.push(Report::Protected { term, stream, n: EpochNo(n) });
+                reports.push(Report::Protected {
+                    term,
+                    stream,
+                    n: EpochNo(n),
+                });
             }
             if marked && gate == Gate::Acks {
                 out = s.points.get(n as usize - 1).copied();
@@ -438,7 +611,11 @@ impl World {
         {
             r.mode = Mode::Handed;
             r.handing = None;
-            reports.push(Report::HandedOver { term, n: EpochNo(acked), ports });
+            reports.push(Report::HandedOver {
+                term,
+                n: EpochNo(acked),
+                ports,
+            });
         }
         if let Some(point) = out {
             self.check.release(node, point, now);

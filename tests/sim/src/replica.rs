@@ -169,7 +169,11 @@ impl Replica {
             closed: EpochNo(acked),
             running,
             stream_alive: (self.send.is_some() || self.recv.is_some()) && !self.silent,
-            ports: if self.recv.is_some() || self.mode == Mode::Handed { self.ports() } else { vec![] },
+            ports: if self.recv.is_some() || self.mode == Mode::Handed {
+                self.ports()
+            } else {
+                vec![]
+            },
             ram_bytes: 1 << 28,
             vcpus: 1,
             disk_bytes: 1 << 30,

@@ -24,6 +24,21 @@ const BEAT_US: u64 = 20 * MS;
 /// How often a modelled replicator closes an epoch.
 pub const EPOCH_US: u64 = 40 * MS;
 
+/// A world that does not keep its promise: the checkers have to see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lie {
+    /// Rule 13: the witness is restored from a backup now and then.
+    WitnessForgets,
+    /// Rule 6: the witness grants a term to the second that asks, too.
+    WitnessGrantsTwice,
+    /// Rule 2: the gate lets out what was not acked.
+    UnackedOutput,
+    /// Rule 1: an ack counts without its stream's id.
+    AckOfAnyStream,
+    /// Rule 4: the standby acks what it has not committed.
+    AckBeforeCommit,
+}
+
 /// What a history is made of.
 #[derive(Debug, Clone)]
 pub struct Setup {
@@ -37,6 +52,8 @@ pub struct Setup {
     pub record: bool,
     /// Only these kinds of faults (all where empty).
     pub only: Vec<crate::faults::Fault>,
+    /// A part of the modelled world that breaks its own promise.
+    pub lie: Option<Lie>,
     /// One deliberate fault in both engines.
     #[cfg(feature = "mutations")]
     pub mutation: Option<havm_core::engine::Mutation>,
@@ -51,6 +68,7 @@ impl Setup {
             heal_us: 40_000 * MS,
             record: false,
             only: vec![],
+            lie: None,
             #[cfg(feature = "mutations")]
             mutation: None,
         }
@@ -74,26 +92,83 @@ pub struct Outcome {
 
 #[derive(Debug)]
 pub(crate) enum Ev {
-    Boot { node: usize },
-    DaemonStart { node: usize, boot: u64 },
-    Deliver { node: usize, session: u64, event: Event },
-    Message { node: usize, envelope: Envelope },
-    Tick { node: usize, session: u64 },
-    Beat { node: usize, session: u64 },
-    Order { node: usize, rid: u64, order: Order },
-    ReplicaUp { node: usize, boot: u64 },
-    ReplicaGone { node: usize, rid: u64 },
-    Epoch { node: usize, rid: u64 },
-    Packet { node: usize, packet: Packet },
-    GuestUp { node: usize, number: u64, life: LifeId, waiting: bool },
-    GuestEnds { node: usize, life: LifeId, intended: bool },
-    Flushed { node: usize, rid: u64, term: Term },
-    Ask { node: usize, session: u64, request: WitnessRequest, answer: bool },
-    NoAnswer { node: usize, session: u64 },
+    Boot {
+        node: usize,
+    },
+    DaemonStart {
+        node: usize,
+        boot: u64,
+    },
+    Deliver {
+        node: usize,
+        session: u64,
+        event: Event,
+    },
+    Message {
+        node: usize,
+        envelope: Envelope,
+    },
+    Tick {
+        node: usize,
+        session: u64,
+    },
+    Beat {
+        node: usize,
+        session: u64,
+    },
+    Order {
+        node: usize,
+        rid: u64,
+        order: Order,
+    },
+    ReplicaUp {
+        node: usize,
+        boot: u64,
+    },
+    ReplicaGone {
+        node: usize,
+        rid: u64,
+    },
+    Epoch {
+        node: usize,
+        rid: u64,
+    },
+    Packet {
+        node: usize,
+        packet: Packet,
+    },
+    GuestUp {
+        node: usize,
+        number: u64,
+        life: LifeId,
+        waiting: bool,
+    },
+    GuestEnds {
+        node: usize,
+        life: LifeId,
+        intended: bool,
+    },
+    Flushed {
+        node: usize,
+        rid: u64,
+        term: Term,
+    },
+    Ask {
+        node: usize,
+        session: u64,
+        request: WitnessRequest,
+        answer: bool,
+    },
+    NoAnswer {
+        node: usize,
+        session: u64,
+    },
     Fault,
     HealBegins,
     HealCheck,
-    Heal { what: crate::faults::Healing },
+    Heal {
+        what: crate::faults::Healing,
+    },
 }
 
 struct Item {
@@ -174,7 +249,12 @@ fn settings() -> Settings {
 pub fn run(setup: &Setup) -> Outcome {
     let mut w = World::new(setup.clone());
     w.go();
-    let highest_term = w.nodes.iter().filter_map(|n| n.record.as_ref()).map(|r| r.term.0).max();
+    let highest_term = w
+        .nodes
+        .iter()
+        .filter_map(|n| n.record.as_ref())
+        .map(|r| r.term.0)
+        .max();
     Outcome {
         wrong: w.check.wrong.clone(),
         highest_term: highest_term.unwrap_or(0),
@@ -226,7 +306,11 @@ impl World {
 
     pub(crate) fn push(&mut self, delay: u64, ev: Ev) {
         self.seq += 1;
-        self.queue.push(Reverse(Item { at: self.now + delay, seq: self.seq, ev }));
+        self.queue.push(Reverse(Item {
+            at: self.now + delay,
+            seq: self.seq,
+            ev,
+        }));
     }
 
     pub(crate) fn number(&mut self) -> u64 {
@@ -240,7 +324,9 @@ impl World {
         while let Some(Reverse(item)) = self.queue.pop() {
             at_once = if item.at == self.now { at_once + 1 } else { 0 };
             if at_once > 20_000 {
-                return self.check.fail("time stands still: something goes round in circles");
+                return self
+                    .check
+                    .fail("time stands still: something goes round in circles");
             }
             self.now = item.at;
             if self.check.wrong.is_some() || self.healed_us.is_some() {
@@ -248,14 +334,22 @@ impl World {
             }
             if self.now > end {
                 let states: Vec<String> = (0..2).map(|n| self.describe(n)).collect();
-                self.check.fail(format!("not protected again {} s after the last fault: {}", self.setup.heal_us / 1_000_000, states.join("; ")));
+                self.check.fail(format!(
+                    "not protected again {} s after the last fault: {}",
+                    self.setup.heal_us / 1_000_000,
+                    states.join("; ")
+                ));
                 return;
             }
             if let Some(node) = owner(&item.ev) {
                 let thaw = self.nodes[node].frozen_until_us;
                 if thaw > self.now {
                     self.seq += 1;
-                    self.queue.push(Reverse(Item { at: thaw, seq: self.seq, ev: item.ev }));
+                    self.queue.push(Reverse(Item {
+                        at: thaw,
+                        seq: self.seq,
+                        ev: item.ev,
+                    }));
                     continue;
                 }
             }
@@ -269,7 +363,10 @@ impl World {
         let status = node.daemon.as_ref().map(|d| d.engine.status());
         let view = status.map_or("no daemon".into(), |s| format!("{:?}: {}", s.safety, s.why));
         let rec = node.record.as_ref().map_or("no record".into(), |r| {
-            format!("{:?} {:?} term {} basis {}", r.role, r.status, r.term, r.basis)
+            format!(
+                "{:?} {:?} term {} basis {}",
+                r.role, r.status, r.term, r.basis
+            )
         });
         format!("node {n}: {rec}, {view}")
     }
@@ -277,7 +374,10 @@ impl World {
     /// Never two open gates with a guest behind each.
     fn check_gates(&mut self) {
         let open = |n: &Node| {
-            let gate = n.replica.as_ref().is_some_and(|r| r.gate == Gate::Open && r.attached);
+            let gate = n
+                .replica
+                .as_ref()
+                .is_some_and(|r| r.gate == Gate::Open && r.attached);
             gate && n.guest.as_ref().is_some_and(|g| g.running)
         };
         if open(&self.nodes[0]) && open(&self.nodes[1]) {
@@ -289,10 +389,18 @@ impl World {
         match ev {
             Ev::Boot { node } => self.boot(node),
             Ev::DaemonStart { node, boot } => self.start_daemon(node, boot),
-            Ev::Deliver { node, session, event } => self.deliver(node, Some(session), event),
+            Ev::Deliver {
+                node,
+                session,
+                event,
+            } => self.deliver(node, Some(session), event),
             Ev::Message { node, envelope } => self.deliver(node, None, Event::Message(envelope)),
             Ev::Tick { node, session } => {
-                if let Some(d) = self.nodes[node].daemon.as_mut().filter(|d| d.session == session) {
+                if let Some(d) = self.nodes[node]
+                    .daemon
+                    .as_mut()
+                    .filter(|d| d.session == session)
+                {
                     d.tick_us = None;
                     self.deliver(node, Some(session), Event::Tick);
                 }
@@ -303,10 +411,24 @@ impl World {
             Ev::ReplicaGone { node, rid } => self.end_replica(node, rid),
             Ev::Epoch { node, rid } => self.epoch(node, rid),
             Ev::Packet { node, packet } => self.packet(node, packet),
-            Ev::GuestUp { node, number, life, waiting } => self.guest_up(node, number, life, waiting),
-            Ev::GuestEnds { node, life, intended } => self.guest_ends(node, life, intended),
+            Ev::GuestUp {
+                node,
+                number,
+                life,
+                waiting,
+            } => self.guest_up(node, number, life, waiting),
+            Ev::GuestEnds {
+                node,
+                life,
+                intended,
+            } => self.guest_ends(node, life, intended),
             Ev::Flushed { node, rid, term } => self.flushed(node, rid, term),
-            Ev::Ask { node, session, request, answer } => self.ask(node, session, request, answer),
+            Ev::Ask {
+                node,
+                session,
+                request,
+                answer,
+            } => self.ask(node, session, request, answer),
             Ev::NoAnswer { node, session } => {
                 self.tell_session(node, session, Event::Witness(WitnessReply::NoAnswer));
             }
@@ -333,11 +455,19 @@ impl World {
     }
 
     fn start_daemon(&mut self, node: usize, boot: u64) {
-        if !self.nodes[node].up || self.nodes[node].boot != boot || self.nodes[node].daemon.is_some() {
+        if !self.nodes[node].up
+            || self.nodes[node].boot != boot
+            || self.nodes[node].daemon.is_some()
+        {
             return;
         }
         let session = self.number();
-        let id = Identity { me: node_id(node), peer: node_id(1 - node), guest: guest_name(), at_home: node == 0 };
+        let id = Identity {
+            me: node_id(node),
+            peer: node_id(1 - node),
+            guest: guest_name(),
+            at_home: node == 0,
+        };
         let engine = Engine::new(id, settings());
         #[cfg(feature = "mutations")]
         let engine = {
@@ -370,7 +500,11 @@ impl World {
         self.log(|| format!("node {node}: havmd starts"));
         self.deliver(node, Some(session), Event::Started(Box::new(started)));
         if fresh {
-            let op = if node == 0 { Operator::InitPrimary } else { Operator::InitStandby };
+            let op = if node == 0 {
+                Operator::InitPrimary
+            } else {
+                Operator::InitStandby
+            };
             self.deliver(node, Some(session), Event::Operator(op));
         }
         self.push(0, Ev::Beat { node, session });
@@ -395,6 +529,13 @@ impl World {
         }
         n.up = false;
         n.boot += 1;
+        if n.replica
+            .as_ref()
+            .is_some_and(|r| r.recv.as_ref().is_some_and(|v| v.complete))
+        {
+            // A standby's commits are durable now and then only (ack=memory).
+            n.disk.now = n.disk.flushed;
+        }
         n.daemon = None;
         n.replica = None;
         n.guest = None;
@@ -412,7 +553,11 @@ impl World {
     }
 
     fn beat(&mut self, node: usize, session: u64) {
-        if self.nodes[node].daemon.as_ref().is_none_or(|d| d.session != session) {
+        if self.nodes[node]
+            .daemon
+            .as_ref()
+            .is_none_or(|d| d.session != session)
+        {
             return;
         }
         let peer = &self.nodes[1 - node];
@@ -420,16 +565,29 @@ impl World {
         let peer_beats = peer.daemon.as_ref().map(|d| (d.session, d.beats));
         let links = self.links[1 - node];
         let lossy = self.faulty;
-        let lost = [lossy && self.rng.chance(5, 100), lossy && self.rng.chance(5, 100)];
+        let lost = [
+            lossy && self.rng.chance(5, 100),
+            lossy && self.rng.chance(5, 100),
+        ];
         let now = Duration::from_micros(self.now);
         let witness = self.nodes[node].sees_witness.then_some(self.incarnation);
-        let Some(d) = self.nodes[node].daemon.as_mut() else { return };
+        let Some(d) = self.nodes[node].daemon.as_mut() else {
+            return;
+        };
         d.beats += 1;
         let poll_witness = d.beats % 25 == 1;
         if let (true, Some((session, seq))) = (peer_there, peer_beats) {
             for (link, up) in links.iter().enumerate() {
                 if *up && !lost[link] {
-                    d.detector.beat(link, Beat { session, seq, rtt: None }, now);
+                    d.detector.beat(
+                        link,
+                        Beat {
+                            session,
+                            seq,
+                            rtt: None,
+                        },
+                        now,
+                    );
                 }
             }
         }
@@ -450,12 +608,23 @@ impl World {
             let delay = self.rng.range(20, 400);
             // In order: the control socket and the daemon's own queue keep it.
             let _ = delay;
-            self.push(100, Ev::Deliver { node, session, event });
+            self.push(
+                100,
+                Ev::Deliver {
+                    node,
+                    session,
+                    event,
+                },
+            );
         }
     }
 
     fn tell_session(&mut self, node: usize, session: u64, event: Event) {
-        if self.nodes[node].daemon.as_ref().is_some_and(|d| d.session == session) {
+        if self.nodes[node]
+            .daemon
+            .as_ref()
+            .is_some_and(|d| d.session == session)
+        {
             self.deliver(node, Some(session), event);
         }
     }
@@ -465,17 +634,25 @@ impl World {
     }
 
     pub(crate) fn deliver(&mut self, node: usize, session: Option<u64>, event: Event) {
-        let ids = Ids { life: LifeId(self.rng.id()), generation: GenId(self.rng.id()) };
+        let ids = Ids {
+            life: LifeId(self.rng.id()),
+            generation: GenId(self.rng.id()),
+        };
         let now = self.now;
         if !self.nodes[node].up {
             return;
         }
-        let Some(d) = self.nodes[node].daemon.as_mut() else { return };
+        let Some(d) = self.nodes[node].daemon.as_mut() else {
+            return;
+        };
         if session.is_some_and(|s| s != d.session) {
             return;
         }
         let session = d.session;
-        let quiet = matches!(event, Event::Tick | Event::WitnessSeen(_) | Event::Report(Report::State(_)));
+        let quiet = matches!(
+            event,
+            Event::Tick | Event::WitnessSeen(_) | Event::Report(Report::State(_))
+        );
         let line = (self.setup.record && !quiet).then(|| format!("node {node}: <- {event:?}"));
         let at = Duration::from_micros(now - d.started_us);
         let commands = d.engine.handle(event, at, ids);
@@ -488,8 +665,16 @@ impl World {
 
     fn schedule_tick(&mut self, node: usize, session: u64) {
         let now = self.now;
-        let Some(d) = self.nodes[node].daemon.as_mut().filter(|d| d.session == session) else { return };
-        let Some(deadline) = d.engine.next_deadline() else { return };
+        let Some(d) = self.nodes[node]
+            .daemon
+            .as_mut()
+            .filter(|d| d.session == session)
+        else {
+            return;
+        };
+        let Some(deadline) = d.engine.next_deadline() else {
+            return;
+        };
         let at = (d.started_us + deadline.as_micros() as u64).max(now);
         if d.tick_us.is_none_or(|t| t > at) {
             d.tick_us = Some(at);
@@ -500,7 +685,10 @@ impl World {
     fn carry_out(&mut self, node: usize, session: u64, commands: Vec<Command>) {
         for c in commands {
             // A crash between any two commands.
-            if self.faulty && self.allowed(crate::faults::Fault::MidCommand) && self.rng.chance(1, 400) {
+            if self.faulty
+                && self.allowed(crate::faults::Fault::MidCommand)
+                && self.rng.chance(1, 400)
+            {
                 if self.rng.chance(1, 3) {
                     self.power_off(node);
                     let delay = self.rng.range(100, 6_000) * MS;
@@ -510,7 +698,11 @@ impl World {
                 }
                 return;
             }
-            if self.nodes[node].daemon.as_ref().is_none_or(|d| d.session != session) {
+            if self.nodes[node]
+                .daemon
+                .as_ref()
+                .is_none_or(|d| d.session != session)
+            {
                 return;
             }
             if self.setup.record {
@@ -526,12 +718,17 @@ impl World {
     fn command(&mut self, node: usize, session: u64, c: Command) -> bool {
         match c {
             Command::Persist(rec) => {
-                if self.faulty && self.allowed(crate::faults::Fault::Persist) && self.rng.chance(1, 100) {
+                if self.faulty
+                    && self.allowed(crate::faults::Fault::Persist)
+                    && self.rng.chance(1, 100)
+                {
                     // It may have reached the disk in spite of the error.
                     if self.rng.chance(1, 2) {
                         self.store(node, *rec);
                     }
-                    let event = Event::PersistFailed { why: "disk full".into() };
+                    let event = Event::PersistFailed {
+                        why: "disk full".into(),
+                    };
                     self.deliver(node, Some(session), event);
                     return false;
                 }
@@ -567,7 +764,14 @@ impl World {
             Command::ShutdownGuest => {
                 if let Some(life) = self.nodes[node].guest.as_ref().map(|g| g.life) {
                     let delay = self.rng.range(5, 300) * MS;
-                    self.push(delay, Ev::GuestEnds { node, life, intended: true });
+                    self.push(
+                        delay,
+                        Ev::GuestEnds {
+                            node,
+                            life,
+                            intended: true,
+                        },
+                    );
                 }
             }
             Command::Witness(request) => self.send_to_witness(node, session, request),
@@ -584,12 +788,22 @@ impl World {
 
     fn start_guest(&mut self, node: usize, life: LifeId, waiting: bool) {
         if self.nodes[node].guest.is_some() {
-            self.check.fail(format!("node {node}: a guest is started beside a living one"));
+            self.check.fail(format!(
+                "node {node}: a guest is started beside a living one"
+            ));
         }
         let number = self.number();
         self.nodes[node].starting = Some(number);
         let delay = self.rng.range(30, 300) * MS;
-        self.push(delay, Ev::GuestUp { node, number, life, waiting });
+        self.push(
+            delay,
+            Ev::GuestUp {
+                node,
+                number,
+                life,
+                waiting,
+            },
+        );
     }
 
     fn guest_up(&mut self, node: usize, number: u64, life: LifeId, waiting: bool) {
@@ -604,11 +818,19 @@ impl World {
         let mut point = None;
         if !waiting {
             let Some(disk) = self.nodes[node].disk.now else {
-                return self.check.fail(format!("node {node}: the guest was started from an inconsistent disk"));
+                return self.check.fail(format!(
+                    "node {node}: the guest was started from an inconsistent disk"
+                ));
             };
             point = Some(self.check.grow(Some(disk)));
         }
-        self.nodes[node].guest = Some(Guest { life, waiting, running: false, point, down: false });
+        self.nodes[node].guest = Some(Guest {
+            life,
+            waiting,
+            running: false,
+            point,
+            down: false,
+        });
         self.tell(node, Event::GuestStarted { life });
     }
 
@@ -646,7 +868,11 @@ impl World {
     }
 
     pub(crate) fn end_replica(&mut self, node: usize, rid: u64) {
-        if self.nodes[node].replica.as_ref().is_some_and(|r| r.rid == rid) {
+        if self.nodes[node]
+            .replica
+            .as_ref()
+            .is_some_and(|r| r.rid == rid)
+        {
             self.nodes[node].replica = None;
             self.log(|| format!("node {node}: the replicator ends"));
             self.tell(node, Event::ReplicatorLost);
@@ -663,13 +889,23 @@ impl World {
         if !self.can_pass(from) || (self.faulty && self.rng.chance(5, 100)) {
             return;
         }
-        let copies = if self.faulty && self.rng.chance(10, 100) { 2 } else { 1 };
+        let copies = if self.faulty && self.rng.chance(10, 100) {
+            2
+        } else {
+            1
+        };
         for _ in 0..copies {
             let mut delay = self.rng.range(100, 3_000);
             if self.faulty && self.rng.chance(4, 100) {
                 delay += self.rng.range(10, 3_000) * MS;
             }
-            self.push(delay, Ev::Message { node: 1 - from, envelope: envelope.clone() });
+            self.push(
+                delay,
+                Ev::Message {
+                    node: 1 - from,
+                    envelope: envelope.clone(),
+                },
+            );
         }
     }
 
@@ -681,13 +917,26 @@ impl World {
         if self.faulty && self.rng.chance(3, 100) {
             delay += self.rng.range(5, 400) * MS;
         }
-        self.push(delay, Ev::Packet { node: 1 - from, packet });
+        self.push(
+            delay,
+            Ev::Packet {
+                node: 1 - from,
+                packet,
+            },
+        );
     }
 
     fn send_to_witness(&mut self, node: usize, session: u64, request: WitnessRequest) {
         if !self.nodes[node].sees_witness {
             let event = Event::Witness(WitnessReply::NotDelivered);
-            self.push(2 * MS, Ev::Deliver { node, session, event });
+            self.push(
+                2 * MS,
+                Ev::Deliver {
+                    node,
+                    session,
+                    event,
+                },
+            );
             return;
         }
         let trip = self.rng.range(200, 4_000);
@@ -695,33 +944,72 @@ impl World {
             // Lost on the way there or back, or late by far: in any case no answer in time.
             if self.rng.chance(2, 3) {
                 let late = self.rng.range(1, 4_000) * MS;
-                self.push(late, Ev::Ask { node, session, request, answer: false });
+                self.push(
+                    late,
+                    Ev::Ask {
+                        node,
+                        session,
+                        request,
+                        answer: false,
+                    },
+                );
             }
             self.push(250 * MS, Ev::NoAnswer { node, session });
             return;
         }
-        self.push(trip, Ev::Ask { node, session, request, answer: true });
+        self.push(
+            trip,
+            Ev::Ask {
+                node,
+                session,
+                request,
+                answer: true,
+            },
+        );
     }
 
     fn ask(&mut self, node: usize, session: u64, req: WitnessRequest, answer: bool) {
+        if self.setup.lie == Some(Lie::WitnessForgets) && self.rng.chance(1, 3) {
+            self.register = Register::default();
+        }
         let me = Some(node_id(node));
         let reg = self.register;
         let again = reg.term == req.term && reg.holder == me;
-        let granted = reg.term <= req.basis || (reg.holder == me && reg.term < req.term) || again;
+        let twice = self.setup.lie == Some(Lie::WitnessGrantsTwice) && reg.term <= req.term;
+        let granted =
+            reg.term <= req.basis || (reg.holder == me && reg.term < req.term) || again || twice;
         if granted {
-            self.register = Register { term: req.term, holder: me };
+            self.register = Register {
+                term: req.term,
+                holder: me,
+            };
         }
         self.log(|| format!("witness: node {node} asks for term {} (basis {}): granted {granted}, register was {reg:?}, answer {answer}", req.term, req.basis));
         if !answer {
             return;
         }
         let reply = if granted {
-            WitnessReply::Granted { term: req.term, holder: node_id(node), incarnation: self.incarnation }
+            WitnessReply::Granted {
+                term: req.term,
+                holder: node_id(node),
+                incarnation: self.incarnation,
+            }
         } else {
-            WitnessReply::Refused { asked: req.term, term: reg.term, holder: reg.holder }
+            WitnessReply::Refused {
+                asked: req.term,
+                term: reg.term,
+                holder: reg.holder,
+            }
         };
         let trip = self.rng.range(200, 4_000);
-        self.push(trip, Ev::Deliver { node, session, event: Event::Witness(reply) });
+        self.push(
+            trip,
+            Ev::Deliver {
+                node,
+                session,
+                event: Event::Witness(reply),
+            },
+        );
     }
 
     // ---- healing ----
@@ -732,7 +1020,8 @@ impl World {
         self.links = [[true; 2]; 2];
         for node in 0..2 {
             self.nodes[node].sees_witness = true;
-            self.nodes[node].frozen_until_us = self.nodes[node].frozen_until_us.min(self.now + 100 * MS);
+            self.nodes[node].frozen_until_us =
+                self.nodes[node].frozen_until_us.min(self.now + 100 * MS);
             if !self.nodes[node].up {
                 self.push(100 * MS, Ev::Boot { node });
             }
@@ -746,7 +1035,9 @@ impl World {
         let mut primaries = 0;
         let mut moving = false;
         for node in 0..2 {
-            let Some(d) = self.nodes[node].daemon.as_ref() else { continue };
+            let Some(d) = self.nodes[node].daemon.as_ref() else {
+                continue;
+            };
             let session = d.session;
             let s = d.engine.status();
             safe += usize::from(s.safety == Safety::Safe);
@@ -782,11 +1073,19 @@ fn owner(ev: &Ev) -> Option<usize> {
         | Ev::Flushed { node, .. }
         | Ev::NoAnswer { node, .. }
         | Ev::DaemonStart { node, .. } => Some(*node),
-        Ev::Boot { .. } | Ev::Ask { .. } | Ev::Fault | Ev::HealBegins | Ev::HealCheck | Ev::Heal { .. } => None,
+        Ev::Boot { .. }
+        | Ev::Ask { .. }
+        | Ev::Fault
+        | Ev::HealBegins
+        | Ev::HealCheck
+        | Ev::Heal { .. } => None,
     }
 }
 
 /// The mode in which a replicator counts as a running primary's.
 pub(crate) fn primary_mode(m: Mode) -> bool {
-    matches!(m, Mode::Solo | Mode::Syncing | Mode::Protected | Mode::Attached)
+    matches!(
+        m,
+        Mode::Solo | Mode::Syncing | Mode::Protected | Mode::Attached
+    )
 }

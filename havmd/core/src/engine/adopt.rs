@@ -138,6 +138,9 @@ impl Engine {
     fn adopt_protected(&mut self, rec: &Record) {
         if !self.warm() {
             self.drop_copy();
+            if self.mutated(Mutation::RestartProtected) {
+                return self.pretend(|r| r.role = Role::Solo);
+            }
             self.recover();
             return;
         }
@@ -223,9 +226,6 @@ impl Engine {
                 self.open = true;
             }
             _ => self.standby_lost(),
-        }
-        if self.mutated(Mutation::EligibilitySurvivesReboot) && self.life.is_none() {
-            self.life = Some(lives.mine);
         }
     }
 

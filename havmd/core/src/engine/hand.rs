@@ -63,6 +63,18 @@ impl Engine {
             r.status = RoleStatus::Handing;
         });
         self.send_hand(n, ports);
+        if self.mutated(Mutation::HandedOverEligibleAtOnce)
+            && let Some(lives) = self.rec.as_ref().and_then(|r| r.lives)
+        {
+            self.on_conf(&Envelope {
+                guest: self.id.guest.clone(),
+                term: self.term(),
+                from: self.id.peer,
+                from_life: Some(lives.peer),
+                to_life: Some(lives.mine),
+                body: Body::Conf,
+            });
+        }
     }
 
     pub(super) fn send_hand(&mut self, n: EpochNo, ports: Vec<SocketAddr>) {

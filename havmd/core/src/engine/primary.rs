@@ -186,13 +186,11 @@ impl Engine {
         let term = self.basis();
         self.gate_open = false;
         self.order(Order::CloseGate { term });
-        if !self.mutated(Mutation::NoPersistBeforeProtect) {
-            self.change(|r| {
-                r.role = Role::Protected;
-                r.arbiter = arbiter;
-                r.lives = Some(crate::ids::Lives { mine, peer });
-            });
-        }
+        self.change_unless(Mutation::NoPersistBeforeProtect, |r| {
+            r.role = Role::Protected;
+            r.arbiter = arbiter;
+            r.lives = Some(crate::ids::Lives { mine, peer });
+        });
         self.link = Link::Armed(self.now);
         self.send(Some(peer), Body::Protect { arbiter });
         self.order(Order::Arm { term });

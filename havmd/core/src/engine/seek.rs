@@ -139,8 +139,8 @@ impl Engine {
     }
 
     fn consider_failback(&mut self) {
-        if self.id.at_home || self.hand != Hand::No || self.peer != Peer::Alive {
-            return;
+        if self.id.at_home || self.peer != Peer::Alive || self.may_move().is_err() {
+            return self.timers.stop(Timer::Failback);
         }
         if let Some(Outlook::At(at) | Outlook::Probation(at)) =
             self.failback.outlook(&self.set.failback)
@@ -232,8 +232,9 @@ impl Engine {
             return;
         };
         let Some(rec) = self.rec.clone() else { return };
-        if asked.basis != rec.basis || asked.term <= rec.term {
-            return; // decided otherwise meanwhile
+        let decided = asked.basis != rec.basis || asked.term <= rec.term || self.rejoin.is_some();
+        if decided && !self.mutated(Mutation::GrantWithoutClaim) {
+            return; // otherwise, meanwhile
         }
         match reply {
             WitnessReply::Granted { .. } => self.on_granted(&rec, &asked, &reply),
@@ -270,6 +271,11 @@ impl Engine {
         self.open = false;
         match Permit::from_witness(rec, self.life, self.id.me, asked, reply) {
             Some(permit) => self.take(permit),
+            None if self.mutated(Mutation::GrantWithoutClaim) => {
+                if let Some(permit) = Permit::forced(rec, rec.term) {
+                    self.take(permit);
+                }
+            }
             None => self.notice(
                 NoticeKind::WitnessFault,
                 Severity::Alarm,
@@ -316,7 +322,8 @@ impl Engine {
     /// Rule 7: the permit is used up; durable first, then the gate or the promotion.
     pub(super) fn take(&mut self, permit: Permit) {
         let Some(old) = self.rec.clone() else { return };
-        if permit.term() <= old.term {
+        // A newer primary was heard, and this copy is being given up for it: the claim is gone.
+        if permit.term() <= old.term || self.rejoin.is_some() {
             return;
         }
         let (term, source) = (permit.term(), permit.source());
@@ -340,7 +347,9 @@ impl Engine {
             cold: old.cold && !standby,
             ..old.clone()
         };
-        if !self.mutated(Mutation::GateOpenedBeforePersist) {
+        if self.mutated(Mutation::GateOpenedBeforePersist) {
+            self.pretend(|r| *r = new);
+        } else {
             self.persist(new);
         }
         let resume = self.frozen || self.hand != Hand::No || old.status == RoleStatus::Handing;

@@ -169,15 +169,15 @@ impl Engine {
             return;
         }
         let term = self.basis();
-        if !self.mutated(Mutation::NoPersistBeforeAck) {
-            self.change(|r| {
-                r.role = Role::Eligible;
-                r.arbiter = arbiter;
-                r.lives = Some(crate::ids::Lives { mine, peer });
-                r.valid = true;
-                r.cold = false;
-            });
-        }
+        let wrong = self.mutated(Mutation::ColdClaimWithAckMemory);
+        self.change_unless(Mutation::NoPersistBeforeAck, |r| {
+            r.role = Role::Eligible;
+            r.arbiter = arbiter;
+            r.lives = Some(crate::ids::Lives { mine, peer });
+            r.valid = true;
+            // Acks are in memory only: this disk is not good enough to start from.
+            r.cold = wrong;
+        });
         self.forget_term();
         self.image_ready = false;
         self.order(Order::ConfirmEligible { term });

@@ -107,7 +107,12 @@ impl Engine {
                 again = true;
             }
             if matches!(self.link, Link::Armed(_)) {
-                self.send(peer, Body::Protect { arbiter: rec.arbiter });
+                self.send(
+                    peer,
+                    Body::Protect {
+                        arbiter: rec.arbiter,
+                    },
+                );
                 again = true;
             }
             if self.ask.is_some() {
@@ -335,7 +340,7 @@ impl Engine {
             term
         };
         if term > self.term() {
-            self.change(|r| {
+            self.change_unless(Mutation::ReclaimAfterYield, |r| {
                 r.term = term;
                 r.status = RoleStatus::Yielded;
             });

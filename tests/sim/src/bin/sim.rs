@@ -32,15 +32,26 @@ fn main() {
 
 fn work() -> anyhow::Result<()> {
     let args = Args::parse();
-    let setup = |seed| Setup { faults_us: args.seconds * 1_000_000, ..Setup::seed(seed) };
+    let setup = |seed| Setup {
+        faults_us: args.seconds * 1_000_000,
+        ..Setup::seed(seed)
+    };
     if let Some(seed) = args.seed {
-        let out = run(&Setup { record: true, ..setup(seed) });
+        let out = run(&Setup {
+            record: true,
+            ..setup(seed)
+        });
         for line in &out.history {
             println!("{line}");
         }
         match out.wrong {
             Some(w) => anyhow::bail!("seed {seed}: {w}"),
-            None => println!("seed {seed}: good; healed after {} ms, term {}, {} releases", out.healed_us / 1000, out.highest_term, out.released),
+            None => println!(
+                "seed {seed}: good; healed after {} ms, term {}, {} releases",
+                out.healed_us / 1000,
+                out.highest_term,
+                out.released
+            ),
         }
         return Ok(());
     }
@@ -53,11 +64,19 @@ fn work() -> anyhow::Result<()> {
             bad += 1;
             println!("seed {seed}: {w}");
             if !args.keep_going {
-                anyhow::bail!("replay it with `sim --seed {seed} --seconds {}`", args.seconds);
+                anyhow::bail!(
+                    "replay it with `sim --seed {seed} --seconds {}`",
+                    args.seconds
+                );
             }
         }
     }
-    println!("{} histories: {bad} bad, {} terms, slowest healing {} ms", args.seeds, terms, slowest / 1000);
+    println!(
+        "{} histories: {bad} bad, {} terms, slowest healing {} ms",
+        args.seeds,
+        terms,
+        slowest / 1000
+    );
     anyhow::ensure!(bad == 0, "{bad} histories went wrong");
     Ok(())
 }
