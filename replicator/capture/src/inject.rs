@@ -76,6 +76,8 @@ mod x86_64 {
 
     /// How long a thread may take to stop; one in an uninterruptible sleep (dead disk) never does.
     const STOP_WITHIN: Duration = Duration::from_secs(5);
+    /// How long a stop is waited for without sleeping.
+    const SPIN: Duration = Duration::from_millis(1);
     /// The `syscall` instruction.
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     /// Code segment of 64-bit user code.
@@ -204,6 +206,8 @@ mod x86_64 {
             end: Instant,
         ) -> Result<Option<Signal>, CaptureError> {
             let flags = WaitPidFlag::__WALL | WaitPidFlag::WNOHANG;
+            // The step takes microseconds, and the registers should be wrong no longer than that.
+            let spin = Instant::now() + SPIN;
             let gone = || CaptureError::Trace {
                 pid,
                 what,
@@ -223,7 +227,12 @@ mod x86_64 {
                     Ok(_) | Err(Errno::EINTR) => {}
                     Err(e) => return Err(trace_error(pid, what)(e)),
                 }
-                if Instant::now() >= end {
+                let now = Instant::now();
+                if now < spin {
+                    std::thread::yield_now();
+                    continue;
+                }
+                if now >= end {
                     let source = io::Error::from(io::ErrorKind::TimedOut);
                     return Err(CaptureError::Trace { pid, what, source });
                 }

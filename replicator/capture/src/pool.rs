@@ -156,6 +156,9 @@ fn help(shared: &Shared, n: usize) {
     }
 }
 
+/// The longest that a latecomer waits.
+const HOLD_MS: u8 = 20;
+
 /// Keeps the last worker back while QEMU saves its devices: where every processor has a worker, that one
 /// would take QEMU's, and the save would begin when the scan is over.
 pub(crate) struct Latecomer<'a> {
@@ -185,7 +188,8 @@ impl<'a> Latecomer<'a> {
         };
         let read = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = [read(reply), read(self.over.as_fd())];
-        while let Err(Errno::EINTR) = poll(&mut fds, PollTimeout::NONE) {}
+        // Bounded, so that a caller who fails cannot leave it waiting; a save takes 1 ms.
+        while let Err(Errno::EINTR) = poll(&mut fds, PollTimeout::from(HOLD_MS)) {}
     }
 
     /// The caller (worker 0) found nothing more to do.

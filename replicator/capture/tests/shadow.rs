@@ -233,8 +233,9 @@ fn attaching_again_and_again_does_not_disturb_qemu() {
     };
     for n in 0..20 {
         let mut qmp = guest.connect();
-        let capture = Capture::attach(&mut qmp).expect("attach");
+        let mut capture = Capture::attach(&mut qmp).expect("attach");
         assert_eq!(capture.taken_again(), n > 0);
+        capture.refresh(&mut qmp).expect("the blocks are the same");
         let state =
             std::fs::read_to_string(format!("/proc/{}/status", guest.pid())).expect("status");
         assert!(state.contains("TracerPid:\t0"), "still traced");

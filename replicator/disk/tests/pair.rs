@@ -376,3 +376,51 @@ fn a_flipped_bit_is_found() {
     assert_eq!(differ, [(10 * 16) + 300_000 / 65536]);
     assert!(b.compare(a.blocks() - 1, &[[0; 16]; 2]).is_err());
 }
+
+// One request may cover more than the write-intent log can list: it must neither hang nor be missed.
+#[test]
+fn zeroes_over_the_whole_disk() {
+    let t = tempfile::tempdir().unwrap();
+    let mut c = config(t.path(), "z");
+    c.log_extents = 8;
+    let d = Disk::create(&c, false).unwrap();
+    d.go_solo().unwrap();
+    d.zero(0, SIZE, true, false).unwrap();
+    assert_eq!(d.out_of_sync().count(), d.blocks());
+    d.begin_tracking(StreamId([1; 16]), EpochNo(1)).unwrap();
+    d.zero(100, SIZE - 200, true, true).unwrap();
+    let e = d.barrier().unwrap();
+    assert_eq!(e.writes.iter().map(|w| w.len()).sum::<u64>(), SIZE - 200);
+    assert_eq!(e.data_bytes(), 0);
+}
+
+// A journal that is gone may have held committed epochs: that is said, not passed over.
+#[test]
+fn a_lost_journal_is_an_error() {
+    let t = tempfile::tempdir().unwrap();
+    let c = config(t.path(), "j");
+    drop(Disk::create(&c, false).unwrap());
+    drop(Disk::open(&c, None).unwrap());
+    let j = t.path().join("j.meta.journal1");
+    let whole = std::fs::read(&j).unwrap();
+    std::fs::write(&j, b"").unwrap();
+    assert!(matches!(
+        Disk::open(&c, None),
+        Err(DiskError::JournalLost(_))
+    ));
+    let mut rot = whole;
+    rot[50] ^= 1;
+    rot[4096 + 50] ^= 1;
+    std::fs::write(&j, &rot).unwrap();
+    assert!(matches!(
+        Disk::open(&c, None),
+        Err(DiskError::JournalLost(_))
+    ));
+    std::fs::remove_file(&j).unwrap();
+    assert!(matches!(
+        Disk::open(&c, None),
+        Err(DiskError::JournalLost(_))
+    ));
+    assert!(!j.exists());
+    drop(Disk::create(&c, true).unwrap());
+}

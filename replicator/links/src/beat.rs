@@ -63,16 +63,23 @@ impl Timers {
     }
 }
 
+/// What the beat thread looks at.
+#[derive(Default)]
+pub(crate) struct Look {
+    /// The links that are up.
+    pub links: Vec<Arc<Link>>,
+    pub position: Position,
+    /// When a frame is late that another link could carry as well.
+    pub late_at_us: Option<u64>,
+}
+
 /// What the beat thread needs from the stream.
 pub(crate) trait Beating: Send + Sync {
-    /// The links that are up.
-    fn links(&self) -> Vec<Arc<Link>>;
-    fn position(&self) -> Position;
+    /// None where a worker holds the stream just now: it may not get the processor for long, and
+    /// this thread must not wait for it.
+    fn look(&self) -> Option<Look>;
     /// When a link came up or was heard that is gone by now, microseconds; 0 for never.
     fn heard_before_us(&self) -> u64;
-    /// When a frame is late that another link could carry as well.
-    fn late_at_us(&self) -> Option<u64>;
-    fn ring_all(&self);
     fn silent(&self, silent: bool);
 }
 
@@ -113,21 +120,23 @@ pub(crate) fn run(side: &dyn Beating, timers: &Timers, stop: &Stop) {
     // Nothing older counts as silence: set when this thread was late.
     let mut grace_from = now_us();
     let mut wanted = now_us();
+    let mut seen = Look::default();
     loop {
         let now = now_us();
         if now.saturating_sub(wanted) > silent_after / 2 {
             grace_from = now;
         }
-        let links = side.links();
+        // What was seen last will do for once.
+        if let Some(look) = side.look() {
+            seen = look;
+        }
+        let links = &seen.links;
         let mut next = now + every;
-        if !links.is_empty() {
-            let position = side.position();
-            for link in &links {
-                if link.beat_due_us(every) <= now {
-                    link.beat(position);
-                }
-                next = next.min(link.beat_due_us(every));
+        for link in links {
+            if link.beat_due_us(every) <= now {
+                link.beat(seen.position);
             }
+            next = next.min(link.beat_due_us(every));
         }
         let before = Some(side.heard_before_us()).filter(|h| *h > 0);
         let links_heard = links
@@ -152,7 +161,7 @@ pub(crate) fn run(side: &dyn Beating, timers: &Timers, stop: &Stop) {
                 next = next.min(since + silent_after);
             }
         }
-        for link in &links {
+        for link in links {
             let since = link
                 .heard_us(now.saturating_sub(dead_after))
                 .max(grace_from);
@@ -160,9 +169,11 @@ pub(crate) fn run(side: &dyn Beating, timers: &Timers, stop: &Stop) {
                 link.close(&format!("nothing heard for {} ms", dead_after / 1000));
             }
         }
-        if let Some(late) = side.late_at_us() {
+        if let Some(late) = seen.late_at_us {
             if late <= now {
-                side.ring_all();
+                links.iter().for_each(|l| {
+                    l.wake();
+                });
                 next = next.min(now + us(timers.late_after) / 2);
             } else {
                 next = next.min(late);

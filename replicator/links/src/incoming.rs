@@ -7,10 +7,10 @@
 //! Only the pinned peer gets as far as a hello. A hello that is offered waits; the peer tries again
 //! when it is not answered in time, so [`Incoming::accept`] may come late.
 
-use crate::beat::{self, Beating, Stop, Timers};
+use crate::beat::{self, Beating, Look, Stop, Timers};
 use crate::conn::{Conn, LinkError};
 use crate::identity::{Fingerprint, Identity};
-use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us};
+use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, try_lock};
 use crate::listen::{self, ListenError};
 use crate::tls::{ALPN_DATA, TlsSetupError, Trust, server_config};
 use havm_core::ids::{GuestName, LifeId, StreamId, Term};
@@ -638,22 +638,20 @@ impl State {
 }
 
 impl Beating for Hub {
-    fn links(&self) -> Vec<Arc<Link>> {
-        lock(&self.state).links.iter().flatten().cloned().collect()
-    }
-    fn position(&self) -> Position {
-        lock(&self.state).position()
+    fn look(&self) -> Option<Look> {
+        let state = try_lock(&self.state)?;
+        let links = state.links.iter().flatten().cloned().collect();
+        // What goes back goes over every link anyway: nothing is late.
+        Some(Look {
+            links,
+            position: state.position(),
+            late_at_us: None,
+        })
     }
     fn heard_before_us(&self) -> u64 {
         self.heard_us.load(SeqCst)
     }
-    fn late_at_us(&self) -> Option<u64> {
-        // What goes back goes over every link anyway.
-        None
-    }
-    fn ring_all(&self) {}
     fn silent(&self, silent: bool) {
-        tracing::debug!(at_us = now_us(), silent, "stream from the primary");
         lock(&self.state).event(if silent { In::Silent } else { In::Alive });
         self.news.notify_all();
     }

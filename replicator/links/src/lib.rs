@@ -16,5 +16,6 @@ pub mod incoming;
 pub mod link;
 pub mod listen;
 pub mod outgoing;
+mod pi;
 mod sys;
 pub mod tls;

@@ -2,9 +2,10 @@
 //!
 //! One thread per link reads, decrypts, encrypts and writes. It sleeps in `poll` on its socket and
 //! on an eventfd; whoever has something to send wakes one sleeping link. The beat thread
-//! ([`crate::beat`]) borrows the connection, only when nobody works on it, for a sign of life.
+//! ([`crate::beat`]) borrows the connection for a sign of life when nothing was sent for a while.
 
 use crate::conn::{Conn, LinkError};
+use crate::pi::{PiGuard, PiMutex};
 use havm_wire::hello::{LinkFrame, Position};
 use havm_wire::raw::RawFrame;
 use havm_wire::sender::Outbound;
@@ -14,7 +15,7 @@ use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::Instant;
 
 /// Bytes queued before they are sent: enough to keep the cipher and the socket busy.
@@ -41,6 +42,15 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub fn run_sooner() {
     if let Err(e) = crate::sys::run_sooner() {
         tracing::debug!("a thread of the stream keeps its normal priority: {e}");
+    }
+}
+
+/// The same, if it is free.
+pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(e)) => Some(e.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
     }
 }
 
@@ -99,7 +109,7 @@ pub(crate) trait Side: Send + Sync {
 pub(crate) struct Link {
     pub index: usize,
     pub gen_id: u64,
-    conn: Mutex<Conn>,
+    conn: PiMutex<Conn>,
     sock: TcpStream,
     wake: EventFd,
     asleep: AtomicBool,
@@ -123,7 +133,7 @@ impl Link {
         Ok(Arc::new(Link {
             index,
             gen_id,
-            conn: Mutex::new(conn),
+            conn: PiMutex::new(conn)?,
             sock,
             wake,
             asleep: AtomicBool::new(false),
@@ -157,8 +167,8 @@ impl Link {
             return false;
         }
         let sent = match self.conn.try_lock() {
-            Ok(conn) => self.send_what_is_there(conn, side),
-            Err(_) => Ok(true),
+            Some(conn) => self.send_what_is_there(conn, side),
+            None => Ok(true),
         };
         if let Err(why) = &sent {
             self.close(&why.to_string());
@@ -197,19 +207,19 @@ impl Link {
         self.spoke_us.load(SeqCst) + every_us
     }
 
-    /// Sends a sign of life unless someone works on the link, or bytes wait for it anyway.
+    /// Sends a sign of life, or more of what waits for the socket. Waits for who works on the
+    /// connection, which runs at the caller's priority until then.
     pub fn beat(&self, position: Position) {
         self.spoke_us.store(now_us(), SeqCst);
-        let Ok(mut conn) = self.conn.try_lock() else {
-            return;
+        let mut conn = self.conn.lock();
+        let said = match conn.is_blocked() {
+            true => conn.flush().map(drop).map_err(LinkError::from),
+            false => say_position(&mut conn, position).and_then(|()| Ok(conn.flush().map(drop)?)),
         };
-        if !conn.is_blocked() {
-            let said = say_position(&mut conn, position).and_then(|()| Ok(conn.flush()?));
-            self.count_sent(&mut conn);
-            drop(conn);
-            if let Err(why) = said {
-                self.close(&why.to_string());
-            }
+        self.count_sent(&mut conn);
+        drop(conn);
+        if let Err(why) = said {
+            self.close(&why.to_string());
         }
     }
 
@@ -238,7 +248,7 @@ impl Link {
     fn work(&self, side: &dyn Side) -> Result<std::convert::Infallible, LinkError> {
         let mut told = Position::default();
         let mut tell = true;
-        let early = lock(&self.conn).take_early();
+        let early = self.conn.lock().take_early();
         side.deliver(self.index, self.gen_id, early)?;
         loop {
             let blocked = self.send(side, &mut told, tell)?;
@@ -256,7 +266,7 @@ impl Link {
 
     /// Sends what there is to send. True when the socket is full.
     fn send(&self, side: &dyn Side, told: &mut Position, tell: bool) -> Result<bool, LinkError> {
-        let mut conn = lock(&self.conn);
+        let mut conn = self.conn.lock();
         if tell {
             let position = side.position();
             if position != *told {
@@ -267,9 +277,9 @@ impl Link {
         self.send_what_is_there(conn, side)
     }
 
-    fn send_what_is_there(
-        &self,
-        mut conn: MutexGuard<'_, Conn>,
+    fn send_what_is_there<'a>(
+        &'a self,
+        mut conn: PiGuard<'a, Conn>,
         side: &dyn Side,
     ) -> Result<bool, LinkError> {
         loop {
@@ -294,6 +304,10 @@ impl Link {
                 self.count_sent(&mut conn);
                 return Ok(false);
             }
+            self.count_sent(&mut conn);
+            // A beat that waits gets its turn between two fillings.
+            drop(conn);
+            conn = self.conn.lock();
         }
     }
 
@@ -333,7 +347,7 @@ impl Link {
         let mut bytes = 0;
         for _ in 0..READS {
             let mut frames = Vec::new();
-            let read = lock(&self.conn).read(&mut frames);
+            let read = self.conn.lock().read(&mut frames);
             // What came whole before an error counts.
             let n = read.as_ref().copied().unwrap_or(0);
             if n > 0 {

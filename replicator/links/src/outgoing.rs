@@ -6,10 +6,10 @@
 //! ```
 //! [`Outgoing::send`] queues a frame and returns; it blocks only while the window is full.
 
-use crate::beat::{self, Beating, Stop, Timers};
+use crate::beat::{self, Beating, Look, Stop, Timers};
 use crate::conn::{Conn, LinkError};
 use crate::identity::{Fingerprint, Identity};
-use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us};
+use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, try_lock};
 use crate::tls::{ALPN_DATA, TlsSetupError, Trust, client_config};
 use havm_wire::back::Back;
 use havm_wire::frame::Frame;
@@ -530,24 +530,19 @@ impl Side for Hub {
 }
 
 impl Beating for Hub {
-    fn links(&self) -> Vec<Arc<Link>> {
-        lock(&self.state).links.iter().flatten().cloned().collect()
-    }
-    fn position(&self) -> Position {
-        lock(&self.state).rx.position()
+    fn look(&self) -> Option<Look> {
+        let state = try_lock(&self.state)?;
+        let links = state.links.iter().flatten().cloned().collect();
+        let several = state.links.iter().flatten().count() > 1;
+        let late_at_us = several.then(|| state.tx.late_at_us()).flatten();
+        Some(Look {
+            links,
+            position: state.rx.position(),
+            late_at_us,
+        })
     }
     fn heard_before_us(&self) -> u64 {
         self.heard_us.load(SeqCst)
-    }
-    fn late_at_us(&self) -> Option<u64> {
-        let state = lock(&self.state);
-        let several = state.links.iter().flatten().count() > 1;
-        several.then(|| state.tx.late_at_us()).flatten()
-    }
-    fn ring_all(&self) {
-        lock(&self.state).links.iter().flatten().for_each(|l| {
-            l.wake();
-        });
     }
     fn silent(&self, silent: bool) {
         lock(&self.state).event(if silent {

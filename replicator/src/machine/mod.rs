@@ -57,6 +57,10 @@ pub struct Machine {
     term: Term,
     /// Numbers guest threads and copies, so that a late event is recognised.
     number: u64,
+    /// What was committed before a promotion is not durable in place yet.
+    flushing: bool,
+    /// The standby is up to date, but the flush is still under way.
+    synced_waits: bool,
     leave: bool,
 }
 
@@ -78,6 +82,8 @@ impl Machine {
             role: Role::Idle,
             term: Term(0),
             number: 0,
+            flushing: false,
+            synced_waits: false,
             leave: false,
         }
     }
@@ -96,7 +102,7 @@ impl Machine {
                 Ok(Input::Guest(n, e)) => self.hear_guest(n, e),
                 Ok(Input::Stream(id, e)) => self.hear_stream(id, e),
                 Ok(Input::Standby(n, e)) => self.hear_standby(n, e)?,
-                Ok(Input::Flushed(term)) => self.report(Report::DiskFlushed { term }),
+                Ok(Input::Flushed(term)) => self.flushed(term),
                 Err(RecvTimeoutError::Timeout) => {
                     told = Instant::now();
                     self.reports.send(&Report::State(self.state()));
@@ -154,7 +160,7 @@ impl Machine {
             } => self.become_standby(my_life, peer_life),
             Order::Freeze { .. } => self.freeze(),
             Order::Detach => {
-                self.let_go();
+                self.detach();
                 self.reports.send(&Report::Detached);
                 Ok(())
             }
@@ -166,6 +172,15 @@ impl Machine {
         };
         if let Err(why) = result {
             self.refuse(name, why);
+        }
+    }
+
+    fn flushed(&mut self, term: Term) {
+        self.flushing = false;
+        self.report(Report::DiskFlushed { term });
+        if std::mem::take(&mut self.synced_waits) {
+            let term = self.term;
+            self.report(Report::Synced { term });
         }
     }
 
@@ -221,6 +236,17 @@ impl Machine {
             },
         };
         self.report(report);
+    }
+
+    /// Lets go of QEMU. An image that is held does not need it: it waits for the next one.
+    fn detach(&mut self) {
+        match &mut self.role {
+            Role::Standby(c) => {
+                c.waiting = None;
+                c.ready = false;
+            }
+            _ => self.let_go(),
+        }
     }
 
     /// Leaves the guest's QEMU alone, whatever the role was; nothing passes the gate.

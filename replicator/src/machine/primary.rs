@@ -372,12 +372,22 @@ impl Machine {
             return;
         }
         let report = match e {
-            GuestEvent::Synced(id) if p.hears(id) => Report::Synced { term },
+            GuestEvent::Synced(id) if p.hears(id) => {
+                if self.flushing {
+                    // The standby will count as equal and durable: so must this side be first.
+                    self.synced_waits = true;
+                    return;
+                }
+                Report::Synced { term }
+            }
             GuestEvent::Synced(_) => return,
             GuestEvent::Progress {
                 done_bytes,
                 total_bytes,
             } => {
+                if p.mode != Mode::Syncing {
+                    return;
+                }
                 p.sync = Some((done_bytes, total_bytes));
                 Report::SyncProgress {
                     done_bytes,

@@ -99,7 +99,9 @@ impl Machine {
     }
 
     /// Makes the disk durable behind the running guest, and says so.
-    fn flush_later(&self, term: Term) {
+    fn flush_later(&mut self, term: Term) {
+        self.flushing = true;
+        self.synced_waits = false;
         let disks = self.env.disks.clone();
         let inputs = self.inputs.clone();
         let flush = move || {

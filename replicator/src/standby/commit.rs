@@ -169,7 +169,12 @@ impl Committer {
             e.eligible() && !p.confirmed && !p.image_reported
         };
         if first {
-            self.disks.iter().try_for_each(|d| d.mark_consistent())?;
+            for d in self.disks.iter() {
+                d.mark_consistent()?;
+                // The primary had flushed what it had before this stream (it reports `Synced` only
+                // then), and all of it is durable here now.
+                d.forget_differences()?;
+            }
             self.shared.lock().image_reported = true;
             self.events.tell(StandbyEvent::EligibleImage(e.id()));
         }

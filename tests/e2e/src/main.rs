@@ -47,7 +47,9 @@ fn up() -> Result<()> {
     let mut pair = Pair::up(&Setup::default())?;
     pair.lab.keep();
     story::tell("protecting the guest `web`, at home on alpha");
-    let took = pair.protect(&Domain::new("web", 10), Host::Alpha)?;
+    let took = pair
+        .protect(&Domain::new("web", 10), Host::Alpha)
+        .map_err(|e| e.context(pair.logs()))?;
     story::tell(format!("protected after {:.1} s", took.as_secs_f64()));
     println!("{}", pair.havm_ok(Host::Alpha, &["status"])?);
     println!("It is yours: README.md says what to try. `make lab-down` removes it.");

@@ -34,6 +34,12 @@ impl Default for Setup {
     }
 }
 
+/// The part of `havm status --json` that is looked at.
+#[derive(serde::Deserialize)]
+struct HostStatus {
+    status: Status,
+}
+
 /// A pair that runs.
 pub struct Pair {
     /// The lab under it.
@@ -58,6 +64,12 @@ impl Pair {
         }
         let lab = Lab::up(&options)?;
         let pair = Pair { lab };
+        pair.settle(setup).map_err(|e| e.context(pair.logs()))?;
+        Ok(pair)
+    }
+
+    fn settle(&self, setup: &Setup) -> Result<()> {
+        let pair = self;
         pair.configure(setup)?;
         pair.introduce()?;
         for host in SERVERS {
@@ -71,7 +83,7 @@ impl Pair {
                 Ok((witness && linked).then_some(()))
             })?;
         }
-        Ok(pair)
+        Ok(())
     }
 
     fn configure(&self, setup: &Setup) -> Result<()> {
@@ -171,9 +183,10 @@ impl Pair {
     /// No daemon, or not JSON.
     pub fn status(&self, host: Host) -> Result<Status> {
         let out = self.havm(host, &["status", "--json"])?;
-        serde_json::from_slice(&out.stdout).with_context(|| {
+        let host_status: HostStatus = serde_json::from_slice(&out.stdout).with_context(|| {
             format!("status of {host}: {}", String::from_utf8_lossy(&out.stderr).trim())
-        })
+        })?;
+        Ok(host_status.status)
     }
 
     /// One guest on one host.
