@@ -188,6 +188,9 @@ pub struct Engine {
     frozen: bool,
     conflict: Option<String>,
     unprotecting: bool,
+    /// The disk may lack acked writes (`cold` is false, and the host may have been booted): only
+    /// an operator starts a guest from it.
+    disk_suspect: bool,
 
     join: Option<Target>,
     rejoin: Option<Target>,
@@ -266,6 +269,7 @@ impl Engine {
             frozen: false,
             conflict: None,
             unprotecting: false,
+            disk_suspect: false,
             join: None,
             rejoin: None,
             receive_asked: false,

@@ -3,6 +3,7 @@
 use crate::world::{Ev, MS, World};
 use havm_core::event::{Event, Operator};
 use havm_core::order::{GuestEnd, Report};
+use havm_core::status::Safety;
 
 /// One kind of fault, or of an operator's wish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -228,7 +229,11 @@ impl World {
             Healing::Witness(node) => self.nodes[node].sees_witness = true,
             Healing::Start => {
                 for n in 0..2 {
-                    self.tell(n, Event::Operator(Operator::Start));
+                    let status = self.nodes[n].daemon.as_ref().map(|d| d.engine.status());
+                    // Only what was stopped: a suspect disk waits for the end of the faults.
+                    if status.is_some_and(|s| s.safety == Safety::Stopped) {
+                        self.tell(n, Event::Operator(Operator::Start));
+                    }
                 }
             }
         }

@@ -543,10 +543,7 @@ impl World {
         n.frozen_until_us = 0;
         n.ended_on_purpose = false;
         if n.disk.now.is_some() && n.unflushed {
-            // Known and named in the protocol: until the flush after a promotion this disk alone
-            // is not good enough, and both hosts have failed within that moment.
             n.disk.now = n.disk.flushed;
-            self.check.forget_line();
         }
         self.nodes[node].unflushed = false;
         self.log(|| format!("node {node}: power off"));
@@ -1043,7 +1040,15 @@ impl World {
             safe += usize::from(s.safety == Safety::Safe);
             primaries += usize::from(s.runs_here);
             moving |= s.moving;
-            if s.safety == Safety::Stopped && s.intent == Some(Intent::Stopped) {
+            let stopped = s.safety == Safety::Stopped && s.intent == Some(Intent::Stopped);
+            // Rule 7: a host that failed before the flush after a promotion. Only an operator
+            // starts from such a disk, and knows that acked writes may be missing.
+            let suspect =
+                s.safety == Safety::Down && s.why.contains("may lack acknowledged writes");
+            if suspect && self.now > self.last_fault_us + 3_000 * MS {
+                self.check.forget_line();
+            }
+            if stopped || (suspect && self.now > self.last_fault_us + 3_000 * MS) {
                 self.deliver(node, Some(session), Event::Operator(Operator::Start));
             }
         }

@@ -81,17 +81,19 @@ impl Engine {
         if primary && self.life.is_none() && ended_on_purpose && rec.intent == Intent::Run {
             self.change(|r| r.intent = Intent::Stopped);
         }
+        // Nothing of the last daemon's is left: perhaps the host was booted, and what was in its
+        // page cache is gone.
+        let bare = self.life.is_none() && self.replica.is_none();
+        if primary && bare && !rec.cold && rec.valid {
+            self.disk_suspect = true;
+            self.notice(
+                NoticeKind::StartFailed,
+                Severity::Alarm,
+                "this node failed in the moment between a failover and the flush of its disk, which may lack acknowledged writes: the guest is not started from it unless `havm start` says so here; `havm force-promote` at the peer goes on with the peer's copy instead",
+            );
+        }
         match (rec.role, rec.status) {
-            (Role::Solo, _) => {
-                if self.life.is_none() && !rec.cold {
-                    self.notice(
-                        NoticeKind::Warning,
-                        Severity::Alarm,
-                        "this node failed in the moment between a failover and the flush of its disk: the guest starts from a disk that may lack its last writes; check its data",
-                    );
-                }
-                self.adopt_solo(rec.term);
-            }
+            (Role::Solo, _) => self.adopt_solo(rec.term),
             (Role::Protected, RoleStatus::Active) => self.adopt_protected(&rec),
             (Role::Protected, RoleStatus::Handing) => self.adopt_handing(),
             (Role::Eligible, RoleStatus::Active) => self.adopt_eligible(&rec),

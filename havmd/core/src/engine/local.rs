@@ -42,8 +42,9 @@ impl Engine {
 
     fn drive_solo(&mut self) {
         let held = self.timers.get(Timer::SoloStart).is_some();
-        if self.rec.as_ref().is_none_or(|r| !r.valid) {
-            return; // discarded after a conflict
+        let discarded = self.rec.as_ref().is_none_or(|r| !r.valid);
+        if discarded || (self.disk_suspect && self.life.is_none()) {
+            return;
         }
         if self.promoting || (self.life.is_none() && (held || self.intent() == Intent::Stopped)) {
             return;

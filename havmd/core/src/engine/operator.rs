@@ -73,6 +73,16 @@ impl Engine {
     }
 
     fn operator_start(&mut self) -> Result<(), String> {
+        if self.disk_suspect && self.is(Role::Solo, RoleStatus::Active) {
+            self.disk_suspect = false;
+            self.change(|r| r.intent = Intent::Run);
+            self.notice(
+                NoticeKind::Forced,
+                Severity::Alarm,
+                "forced: the guest starts from a disk that may lack acknowledged writes",
+            );
+            return Ok(());
+        }
         match self.rec.as_ref().map(|r| r.role) {
             Some(Role::Solo | Role::Protected | Role::Eligible)
                 if self.intent() == Intent::Stopped =>

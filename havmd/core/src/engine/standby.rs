@@ -56,6 +56,7 @@ impl Engine {
             intent: t.intent,
         };
         self.persist(new);
+        self.disk_suspect = false;
         self.end_life();
         self.forget_term();
         self.join = Some(t);

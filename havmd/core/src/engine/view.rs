@@ -143,6 +143,15 @@ impl Engine {
                 Some("`havm start` runs it again"),
             );
         }
+        if self.disk_suspect && self.life.is_none() {
+            return say(
+                Safety::Down,
+                "this node failed between a failover and the flush of its disk, which may lack acknowledged writes",
+                Some(
+                    "`havm start` here goes on with this disk; `havm force-promote` at the peer with the peer's copy",
+                ),
+            );
+        }
         if !self.running {
             let why = if self.promoting || self.promote_due.is_some() {
                 "the guest is being promoted here"
