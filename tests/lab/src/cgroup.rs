@@ -9,9 +9,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How long freezing may take before it counts as failed.
-const FREEZE_TIME: Duration = Duration::from_secs(2);
-
 /// A cgroup.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
@@ -77,19 +74,17 @@ impl Cgroup {
         fs::read_to_string(self.path.join(file)).unwrap_or_default()
     }
 
-    /// Stops every member, and waits until all stand.
-    pub fn freeze(&self) -> Result<()> {
+    /// Stops every member, and waits until all stand; an error when that takes longer than `time`
+    /// (those that stand stay so).
+    pub fn freeze(&self, time: Duration) -> Result<()> {
         let (file, value) = if self.v2 {
             ("cgroup.freeze", "1")
         } else {
             ("freezer.state", "FROZEN")
         };
         self.write(file, value)?;
-        if !wait_until(FREEZE_TIME, || self.frozen()) {
-            bail!(
-                "{} did not freeze within {FREEZE_TIME:?}",
-                self.path.display()
-            );
+        if !wait_until(time, || self.frozen()) {
+            bail!("{} did not freeze within {time:?}", self.path.display());
         }
         Ok(())
     }
@@ -185,10 +180,10 @@ mod tests {
             std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut said).unwrap();
             assert_eq!(cgroup.members().len(), 1);
             assert!(!cgroup.frozen());
-            cgroup.freeze().unwrap();
+            cgroup.freeze(Duration::from_secs(5)).unwrap();
             cgroup.thaw().unwrap();
             assert!(!cgroup.frozen());
-            cgroup.freeze().unwrap();
+            cgroup.freeze(Duration::from_secs(5)).unwrap();
             cgroup.kill().unwrap();
             assert!(
                 !child.wait().unwrap().success(),

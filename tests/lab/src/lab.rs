@@ -285,7 +285,10 @@ impl Lab {
         };
         let cgroup = Cgroup::of(&self.name, host.name())?;
         let start = Instant::now();
-        cgroup.freeze()?;
+        // One that sleeps in the kernel and cannot be frozen shall not keep the plug in.
+        if let Err(e) = cgroup.freeze(Duration::from_millis(300)) {
+            eprintln!("power off {host}: {e:#}; going on");
+        }
         let cut = PowerCut {
             at: Instant::now(),
             wall: SystemTime::now(),
@@ -318,7 +321,7 @@ impl Lab {
         if !self.is_on(host) {
             bail!("{host} is off");
         }
-        Cgroup::of(&self.name, host.name())?.freeze()
+        Cgroup::of(&self.name, host.name())?.freeze(Duration::from_secs(2))
     }
 
     /// Lets them go on.
