@@ -53,8 +53,8 @@ pub struct Settings {
     pub cold_wait: Duration,
     /// How long a solo primary without a guest waits for word of a higher term before it starts.
     pub solo_start_wait: Duration,
-    /// The wait before a crashed guest or replicator is started again; doubled at each crash
-    /// that follows soon, to 64 times.
+    /// The wait before a guest or replicator that crashed twice is started again (after the first
+    /// crash there is none); roughly doubled at each crash that follows soon, to 63 times.
     pub restart_backoff: Duration,
     /// Between attempts to write the record after a failure.
     pub persist_retry: Duration,

@@ -41,13 +41,13 @@ impl Engine {
         self.hand = Hand::No;
     }
 
-    /// Something here crashed: a growing wait before the next attempt.
+    /// Something here crashed: again at once, and after a growing wait when it goes on crashing.
     pub(super) fn back_off(&mut self) {
         let max = self.set.restart_backoff * 128;
         if self.now.saturating_sub(self.last_crash) > max {
             self.crashes = 0;
         }
-        let wait = self.set.restart_backoff * (1 << self.crashes.min(6));
+        let wait = self.set.restart_backoff * ((1 << self.crashes.min(6)) - 1);
         self.crashes = self.crashes.saturating_add(1);
         self.last_crash = self.now;
         self.timers.set(Timer::Restart, self.now + wait);
@@ -98,6 +98,7 @@ impl Engine {
                 self.recover();
             }
             Some((Role::Protected, status)) => {
+                self.back_off();
                 self.running = false;
                 self.link = Link::Broken;
                 self.hand = Hand::No;

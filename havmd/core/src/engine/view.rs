@@ -136,13 +136,6 @@ impl Engine {
 
     fn judge_solo(&self) -> (Safety, String, Option<&'static str>) {
         let say = |s, why: &str, todo| (s, why.to_owned(), todo);
-        if self.intent() == Intent::Stopped {
-            return say(
-                Safety::Stopped,
-                "the guest was stopped on purpose",
-                Some("`havm start` runs it again"),
-            );
-        }
         if self.disk_suspect && self.life.is_none() {
             return say(
                 Safety::Down,
@@ -150,6 +143,13 @@ impl Engine {
                 Some(
                     "`havm start` here goes on with this disk; `havm force-promote` at the peer with the peer's copy",
                 ),
+            );
+        }
+        if self.intent() == Intent::Stopped {
+            return say(
+                Safety::Stopped,
+                "the guest was stopped on purpose",
+                Some("`havm start` runs it again"),
             );
         }
         if !self.running {
