@@ -55,6 +55,7 @@ struct Slot {
     on: LinkIndex,
     sent_at_us: u64,
     sent: bool,
+    again: bool,
 }
 
 /// Sends each frame over one link.
@@ -75,6 +76,8 @@ pub struct StripeSender {
     late_us: u64,
     /// When the peer's position advanced last.
     progress_us: u64,
+    /// Usual time from sending a frame to hearing that it was received (mean, weight 1/8).
+    usual_us: u64,
 }
 
 impl StripeSender {
@@ -92,6 +95,7 @@ impl StripeSender {
             window_bytes,
             late_us,
             progress_us: 0,
+            usual_us: 0,
         }
     }
 
@@ -132,6 +136,7 @@ impl StripeSender {
             on: 0,
             sent_at_us: 0,
             sent: false,
+            again: false,
         });
         seq
     }
@@ -164,12 +169,14 @@ impl StripeSender {
         self.in_flight().map(|(_, s)| self.late_from(s)).min()
     }
 
-    /// Frames are late when the peer's position stands still as well: a busy receiver is not a
-    /// dead link.
+    /// Frames are late when the peer's position stands still as well, for longer than is usual (up
+    /// to ten times `late_us`): a busy receiver is not a dead link.
     fn late_from(&self, slot: &Slot) -> u64 {
+        let most = self.late_us.saturating_mul(10);
+        let patience = self.late_us.max(self.usual_us.saturating_mul(4)).min(most);
         slot.sent_at_us
             .max(self.progress_us)
-            .saturating_add(self.late_us)
+            .saturating_add(patience)
     }
 
     fn in_flight(&self) -> impl Iterator<Item = (u64, &Slot)> {
@@ -197,6 +204,7 @@ impl StripeSender {
             .slots
             .get_mut(seq.checked_sub(self.first_seq)? as usize)?;
         let again = std::mem::replace(&mut slot.sent, true);
+        slot.again |= again;
         slot.on = link;
         slot.sent_at_us = now_us;
         Some(Outbound {
@@ -247,6 +255,11 @@ impl StripeSender {
             let slot = (self.first_unreceived - self.first_seq) as usize;
             if let Some(s) = self.slots.get_mut(slot) {
                 s.frame = None;
+                // One that was sent twice says nothing about either way.
+                if !s.again {
+                    let took = now_us.saturating_sub(s.sent_at_us);
+                    self.usual_us = self.usual_us - self.usual_us / 8 + took / 8;
+                }
             }
             self.first_unreceived += 1;
         }
