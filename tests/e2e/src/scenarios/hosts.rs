@@ -1,0 +1,75 @@
+//! Hosts that lose power or stand still.
+
+use crate::stage::Stage;
+use crate::wait::{LONG, until};
+use anyhow::{Result, ensure};
+use havm_core::status::Safety;
+use havm_lab::Host::{Alpha, Beta};
+use std::time::Duration;
+
+pub fn primary_power_off(s: &Stage) -> Result<()> {
+    s.under_load(|s, _| {
+        s.pair.lab.power_off(Alpha)?;
+        s.pair.wait_runs("web", Beta)?;
+        s.pair.lab.power_on(Alpha)?;
+        s.protected_at(Alpha)
+    })?;
+    s.pair.verify(Alpha, "web")
+}
+
+pub fn standby_power_off(s: &Stage) -> Result<()> {
+    s.under_load(|s, _| {
+        let term = s.term(Alpha)?;
+        s.pair.lab.power_off(Beta)?;
+        until("the guest to run exposed", LONG, || {
+            let g = s.pair.guest(Alpha, "web")?;
+            Ok((g.safety == Safety::Exposed && g.runs_here && g.term.0 > term).then_some(()))
+        })?;
+        s.pair.lab.power_on(Beta)?;
+        s.protected_at(Alpha)
+    })?;
+    s.pair.verify(Alpha, "web")
+}
+
+pub fn primary_frozen(s: &Stage) -> Result<()> {
+    s.under_load(|s, _| {
+        s.pair.lab.freeze(Alpha)?;
+        s.pair.wait_runs("web", Beta)?;
+        std::thread::sleep(Duration::from_secs(5));
+        s.pair.lab.thaw(Alpha)?;
+        s.protected_at(Alpha)
+    })?;
+    s.pair.verify(Alpha, "web")
+}
+
+pub fn power_off_after_promotion(s: &Stage) -> Result<()> {
+    s.pair.lab.power_off(Alpha)?;
+    let since = s.pair.wait_runs("web", Beta)?;
+    // Beta has had no standby in this term: the guest stands until beta is back.
+    s.pair.lab.power_off(Beta)?;
+    s.pair.lab.power_on(Alpha)?;
+    std::thread::sleep(Duration::from_secs(3));
+    let g = s.pair.guest(Alpha, "web")?;
+    ensure!(!g.runs_here, "alpha started an older state than the one that beta showed the world");
+    s.pair.lab.power_on(Beta)?;
+    s.protected_at(Alpha)?;
+    ensure!(s.term(Alpha)? > since.term.0, "the term went back");
+    s.pair.verify(Alpha, "web")
+}
+
+pub fn power_off_in_failback(s: &Stage) -> Result<()> {
+    // Either side, at the very moment.
+    for victim in [Beta, Alpha] {
+        s.under_load(|s, _| {
+            s.pair.havm_ok(Alpha, &["switchover", "web"])?;
+            s.protected_at(Beta)?;
+            s.pair.havm_ok(Beta, &["failback", "web", "--no-wait"])?;
+            s.pair.lab.power_off(victim)?;
+            let other = if victim == Alpha { Beta } else { Alpha };
+            s.pair.wait_runs("web", other)?;
+            s.pair.lab.power_on(victim)?;
+            s.protected_at(Alpha)
+        })?;
+    }
+    s.pair.verify(Alpha, "web")
+}
