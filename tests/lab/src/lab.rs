@@ -19,6 +19,8 @@ use std::time::{Duration, Instant, SystemTime};
 /// How long a host may take from power on until libvirt answers (a cold cache costs 8 s).
 const POWER_ON_TIME: Duration = Duration::from_secs(70);
 
+const NAMES_DIR: &str = "/run/havm-lab";
+
 /// Which lab.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -111,6 +113,7 @@ impl Lab {
             lab.files(*host).add_boot(name, script)?;
         }
         lab.down_on_drop = true;
+        lab.claim_name()?;
         lab.save_links(&Links::default())?;
         Cgroup::of(&lab.name, CLIENT)?.make()?;
         net::make(&lab.name)?;
@@ -168,6 +171,34 @@ impl Lab {
             })
     }
 
+    /// Where the folder of the lab that uses this name now is written down: names are the machine's,
+    /// folders belong to a checkout.
+    fn name_file(&self) -> PathBuf {
+        Path::new(NAMES_DIR).join(&self.name)
+    }
+
+    fn claim_name(&self) -> Result<()> {
+        let file = self.name_file();
+        fs::create_dir_all(NAMES_DIR)
+            .and_then(|()| fs::write(&file, self.dir.as_os_str().as_encoded_bytes()))
+            .with_context(|| format!("writing {}", file.display()))
+    }
+
+    /// Frees the name, and unmounts what a lab of this name in another folder had mounted.
+    fn free_name(&self) -> Result<()> {
+        let file = self.name_file();
+        let Ok(other) = fs::read_to_string(&file) else {
+            return Ok(());
+        };
+        if !other.is_empty() {
+            unmount_below(Path::new(&other))?;
+        }
+        fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))?;
+        // The last lab removes the folder.
+        let _ = fs::remove_dir(NAMES_DIR);
+        Ok(())
+    }
+
     /// Takes everything down. Logs and disks stay in the folder; nothing else is left. Works also
     /// on a half-made lab, and on none.
     pub fn down(&self) -> Result<()> {
@@ -203,6 +234,7 @@ impl Lab {
             )));
         }
         note(unmount_below(&self.dir));
+        note(self.free_name());
         note(net::remove(&self.name));
         for host in Host::ALL {
             let record = self.files(host).path("init.json");

@@ -19,18 +19,25 @@ fn alone() -> MutexGuard<'static, ()> {
     ONE_LAB.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn options(name: &str) -> Options {
+/// A lab's name is the machine's: another checkout's tests must have others.
+fn options(number: u32) -> Options {
     assert!(
         nix::unistd::geteuid().is_root(),
         "the lab's tests need root"
     );
     let files = GuestFiles::in_target(&place::target_dir().unwrap());
     files.build(&place::workspace_dir().unwrap()).unwrap();
-    Options::named(name).unwrap()
+    let checkout = place::workspace_dir().unwrap();
+    let hash = checkout
+        .to_string_lossy()
+        .bytes()
+        .fold(5381u32, |h, b| h.wrapping_mul(33) ^ u32::from(b));
+    Options::named(&format!("smoke{number}-{hash:08x}")).unwrap()
 }
 
 /// What `down` must have removed: anything on the machine that carries the lab's name.
-fn left_of(name: &str, lab: &Lab) -> Vec<String> {
+fn left_of(lab: &Lab) -> Vec<String> {
+    let name = lab.name();
     let mut left = Vec::new();
     for dir in [
         "/run/netns",
@@ -71,7 +78,7 @@ fn left_of(name: &str, lab: &Lab) -> Vec<String> {
 #[test]
 fn a_guest_testifies_and_a_power_off_is_seen() {
     let _alone = alone();
-    let options = options("smoke1");
+    let options = options(1);
     let start = Instant::now();
     let lab = Lab::up(&options).unwrap();
     eprintln!("up after {:?}", start.elapsed());
@@ -142,7 +149,7 @@ fn a_guest_testifies_and_a_power_off_is_seen() {
     lab.power_on(Host::Alpha).unwrap();
     assert_eq!(lab.links().unwrap().state("lan-alpha"), LinkState::Up);
     lab.down().unwrap();
-    assert_eq!(left_of("smoke1", &lab), Vec::<String>::new());
+    assert_eq!(left_of(&lab), Vec::<String>::new());
 }
 
 /// Disks stay over a power off, /run and guest RAM do not; boot.d runs at every power on; the
@@ -150,7 +157,7 @@ fn a_guest_testifies_and_a_power_off_is_seen() {
 #[test]
 fn power_and_links() {
     let _alone = alone();
-    let lab = Lab::up(&options("smoke2")).unwrap();
+    let lab = Lab::up(&options(2)).unwrap();
     let on = |host, script: &str| {
         run(lab.command(host, "sh").unwrap().args(["-c", script])).map(|s| s.trim().to_owned())
     };
@@ -231,18 +238,24 @@ fn power_and_links() {
     lab.power_off(Host::Alpha).unwrap();
     ticker.wait().unwrap();
     lab.down().unwrap();
-    assert_eq!(left_of("smoke2", &lab), Vec::<String>::new());
+    assert_eq!(left_of(&lab), Vec::<String>::new());
 }
 
 /// A lab whose owner was killed is cleaned by `down`, and by the next `up`, whatever runs in it.
 #[test]
 fn a_forgotten_lab_is_cleaned_up() {
     let _alone = alone();
-    let options = options("smoke3");
+    let options = options(3);
     let mut lab = Lab::up(&options).unwrap();
     lab.keep();
     let mut stray = std::process::Command::new("ip")
-        .args(["netns", "exec", "smoke3-client", "sleep", "1000"])
+        .args([
+            "netns",
+            "exec",
+            &format!("{}-client", options.name),
+            "sleep",
+            "1000",
+        ])
         .spawn()
         .unwrap();
     drop(lab);
@@ -251,7 +264,7 @@ fn a_forgotten_lab_is_cleaned_up() {
     assert!(again.is_on(Host::Alpha) && again.is_on(Host::Beta) && again.is_on(Host::Gamma));
     drop(again);
     let lab = Lab::open(&options).unwrap();
-    assert_eq!(left_of("smoke3", &lab), Vec::<String>::new());
+    assert_eq!(left_of(&lab), Vec::<String>::new());
     lab.down().unwrap();
 }
 
@@ -260,7 +273,7 @@ fn a_forgotten_lab_is_cleaned_up() {
 #[test]
 fn a_guest_ends_as_it_is_told() {
     let _alone = alone();
-    let lab = Lab::up(&options("smoke4")).unwrap();
+    let lab = Lab::up(&options(4)).unwrap();
     lab.define_guest(Host::Alpha, &Domain::new("one", 10), 64 << 20)
         .unwrap();
     let virsh = |args: &[&str]| run(lab.command(Host::Alpha, "virsh").unwrap().args(args)).unwrap();
