@@ -37,10 +37,13 @@ pub fn run(config: &Path) -> Exit {
     let mut fine = true;
     for f in &findings {
         match &f.found {
-            Ok(t) => println!("ok       {}: {t}", f.what),
+            Ok(t) => crate::cli::say(format!("ok       {}: {t}", f.what)),
             Err(t) => {
                 fine = false;
-                println!("PROBLEM  {}: {t}\n         remedy: {}", f.what, f.remedy);
+                crate::cli::say(format!(
+                    "PROBLEM  {}: {t}\n         remedy: {}",
+                    f.what, f.remedy
+                ));
             }
         }
     }

@@ -14,7 +14,7 @@ pub fn run(what: ConfigCommand, default: &Path) -> Exit {
             let file = file.as_deref().unwrap_or(default);
             match havm_config::load(file) {
                 Ok(c) => {
-                    println!(
+                    crate::cli::say(format!(
                         "{}: ok: node {}, peer {}, {} links, {} guests named, witness {}",
                         file.display(),
                         c.node.name,
@@ -22,7 +22,7 @@ pub fn run(what: ConfigCommand, default: &Path) -> Exit {
                         c.peer.links.len(),
                         c.guests.len(),
                         c.witness.kind()
-                    );
+                    ));
                     Exit::Ok
                 }
                 Err(e) => {

@@ -4,7 +4,6 @@ use super::{Daemon, Exit};
 use crate::control::{Answer, Request};
 use crate::render::events::line;
 use havm_core::ids::GuestName;
-use std::io::Write;
 
 /// Prints the past, and with `follow` the future.
 pub fn run(
@@ -27,11 +26,7 @@ pub fn run(
                 } else {
                     line(entry)
                 };
-                let mut out = std::io::stdout();
-                // The reader of a pipe may go away.
-                if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
-                    std::process::exit(0);
-                }
+                crate::cli::say(text);
             }
         },
     );

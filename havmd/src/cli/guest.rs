@@ -31,12 +31,14 @@ pub fn protect(
     };
     let said = daemon.ask::<String>(&request, |a| match a {
         // The difference belongs on stdout: people keep it.
-        crate::control::Answer::Progress { text } if text.starts_with("--- ") => println!("{text}"),
+        crate::control::Answer::Progress { text } if text.starts_with("--- ") => {
+            crate::cli::say(text)
+        }
         a => progress(a),
     });
     match said {
         Err(t) => return t.print(),
-        Ok(text) => eprintln!("{text}"),
+        Ok(text) => ecrate::cli::say(text),
     }
     if dry_run || no_wait {
         return Exit::Ok;
@@ -73,7 +75,7 @@ pub fn operate(daemon: &Daemon, guest: GuestName, op: Op, wait: bool) -> Exit {
     match daemon.ask::<String>(&request, progress) {
         Err(t) => return t.print(),
         Ok(text) if !wait => {
-            println!("{text}");
+            crate::cli::say(text);
             return Exit::Ok;
         }
         Ok(_) => {}
@@ -99,7 +101,7 @@ pub fn operate(daemon: &Daemon, guest: GuestName, op: Op, wait: bool) -> Exit {
             }
         }
         Op::Start if g.intent == Some(Intent::Run) && ran(g) => Look::Reached,
-        Op::Stop if g.safety == Safety::Stopped => Look::Reached,
+        Op::Stop if g.safety == Safety::Stopped && g.life.is_none() => Look::Reached,
         Op::ForcePromote if g.runs_here => Look::Reached,
         Op::DiscardMine if g.safety != Safety::Conflict => Look::Reached,
         _ => Look::Wait,
@@ -130,10 +132,10 @@ pub fn verify(daemon: &Daemon, guest: GuestName, json: bool) -> Exit {
         Err(t) => return t.print(),
     };
     if json {
-        println!("{}", serde_json::to_string_pretty(&r).unwrap_or_default());
+        crate::cli::say(serde_json::to_string_pretty(&r).unwrap_or_default());
     } else {
         let word = |equal| if equal { "equal" } else { "DIFFERENT" };
-        println!(
+        crate::cli::say(format!(
             "{guest}: memory {} ({} of {} pages differ), disk {} ({} of {} blocks differ)",
             word(r.memory_equal),
             r.ram_different,
@@ -141,7 +143,7 @@ pub fn verify(daemon: &Daemon, guest: GuestName, json: bool) -> Exit {
             word(r.disk_equal),
             r.disk_different,
             r.disk_blocks
-        );
+        ));
     }
     if r.memory_equal && r.disk_equal {
         Exit::Ok
@@ -153,7 +155,7 @@ pub fn verify(daemon: &Daemon, guest: GuestName, json: bool) -> Exit {
 fn end(r: Result<String, Trouble>) -> Exit {
     match r {
         Ok(text) => {
-            println!("{text}");
+            crate::cli::say(text);
             Exit::Ok
         }
         Err(t) => t.print(),

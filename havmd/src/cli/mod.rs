@@ -122,6 +122,7 @@ pub enum Command {
     },
     /// After a conflict: give this node's copy up and take the peer's. What only this copy has is
     /// lost.
+    #[command(alias = "discard")]
     DiscardMine {
         /// The guest.
         guest: GuestName,
@@ -153,6 +154,16 @@ pub enum ConfigCommand {
     },
     /// Print every key with its default and what it means.
     Defaults,
+}
+
+/// Prints a line on stdout. Whoever read it may have gone away (`havm status | head -1`): then
+/// there is nobody to tell, and the program ends quietly.
+fn say(text: impl std::fmt::Display) {
+    use std::io::Write;
+    let mut out = std::io::stdout();
+    if writeln!(out, "{text}").and_then(|()| out.flush()).is_err() {
+        std::process::exit(0);
+    }
 }
 
 /// Runs a command line.
@@ -191,7 +202,7 @@ pub fn run(cli: Cli) -> Exit {
         Command::Witness(args) => pair::witness(args),
         Command::Config { what } => config::run(what, &cli.config),
         Command::Version => {
-            println!("havm {}", env!("CARGO_PKG_VERSION"));
+            crate::cli::say(format!("havm {}", env!("CARGO_PKG_VERSION")));
             Exit::Ok
         }
     }

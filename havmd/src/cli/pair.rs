@@ -134,7 +134,10 @@ fn pair(args: &Pair, config: &Config) -> Result<Exit, Exit> {
         block(join(address, &code, &me))?
     };
     let pair = pair.map_err(fail)?;
-    println!("paired with {} (node {})", pair.peer_name, pair.peer);
+    crate::cli::say(format!(
+        "paired with {} (node {})",
+        pair.peer_name, pair.peer
+    ));
     eprintln!(
         "havmd goes on by itself where it waits for this; restart one that was paired before"
     );
@@ -165,10 +168,10 @@ fn enrol(args: &Pair, config: &Config) -> Result<Exit, Exit> {
     })?;
     let work = enrol_pair(address, &code, &config.node.name, &config.node.state_dir);
     let pin: WitnessPin = block(work)?.map_err(fail)?;
-    println!(
+    crate::cli::say(format!(
         "enrolled at the witness {address} (incarnation {})",
         pin.incarnation
-    );
+    ));
     eprintln!(
         "do the same on the other node, with the same code; a havmd that was enrolled elsewhere before must be restarted"
     );
@@ -180,7 +183,9 @@ pub fn witness(args: WitnessArgs) -> Exit {
     if args.reset {
         return match BookStore::reset(&args.state_dir) {
             Ok(()) => {
-                println!("the witness's book is gone; start it, then enrol every pair again");
+                crate::cli::say(format!(
+                    "the witness's book is gone; start it, then enrol every pair again"
+                ));
                 Exit::Ok
             }
             Err(e) => fail(e),
@@ -194,7 +199,9 @@ pub fn witness(args: WitnessArgs) -> Exit {
         };
         return match code {
             Ok(code) => {
-                println!("on both nodes, within ten minutes: havm pair --witness {code}");
+                crate::cli::say(format!(
+                    "on both nodes, within ten minutes: havm pair --witness {code}"
+                ));
                 Exit::Ok
             }
             Err(e) => e,

@@ -36,7 +36,7 @@ pub fn run(daemon: &Daemon, guest: Option<&GuestName>, json: bool, watch: bool) 
         if watch && !json && std::io::stdout().is_terminal() {
             print!("\x1b[H\x1b[2J");
         }
-        println!("{}", out.trim_end());
+        crate::cli::say(out.trim_end());
         if !watch {
             return verdict(&h, guest);
         }

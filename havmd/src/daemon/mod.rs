@@ -376,6 +376,15 @@ impl Loop {
             .collect()
     }
 
+    fn faults(&self) -> Vec<String> {
+        let mut out = self.faults.clone();
+        let wanted = self.shared.config.witness != havm_config::model::Witness::None;
+        if wanted && self.shared.witness().is_none() {
+            out.push("this node is not enrolled at the witness: run `havm pair --witness`".into());
+        }
+        out
+    }
+
     fn status(&self) -> HostStatus {
         let config = &self.shared.config;
         let witness = match &config.witness {
@@ -394,7 +403,7 @@ impl Loop {
             version: env!("CARGO_PKG_VERSION").into(),
             started_at_ms: self.shared.started_at_ms,
             now_ms: crate::events::wall_ms(),
-            faults: self.faults.clone(),
+            faults: self.faults(),
             status: Status {
                 node: config.node.name.clone(),
                 peer_node: config.peer.name.clone(),

@@ -304,10 +304,6 @@ async fn watch_agreement(shared: Arc<Shared>) {
         {
             faults.push(why);
         }
-        if shared.witness().is_none() && matches!(shared.config.witness, Witness::Builtin { .. }) {
-            faults
-                .push("this node is not enrolled at the witness: run `havm pair --witness`".into());
-        }
         if shared.inputs.send(Input::Faults(faults)).is_err() {
             return;
         }
