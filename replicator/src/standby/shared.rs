@@ -96,10 +96,12 @@ impl Shared {
     /// the copy was sealed or ended.
     pub(super) fn push(&self, work: Work, complete: Option<EpochId>) -> bool {
         let mut p = self.lock();
+        // A sealed image still moves into a waiting QEMU: its promotion waits for that.
+        let moves = matches!(work, Work::Rehome(_));
         while p.queued_bytes > MAX_QUEUED_BYTES && !p.sealed && !p.end {
             p = self.changed.wait(p).unwrap_or_else(PoisonError::into_inner);
         }
-        if p.sealed || p.end {
+        if (p.sealed && !moves) || p.end {
             return false;
         }
         p.queued_bytes += work.bytes();
