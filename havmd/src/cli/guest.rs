@@ -38,7 +38,7 @@ pub fn protect(
     });
     match said {
         Err(t) => return t.print(),
-        Ok(text) => ecrate::cli::say(text),
+        Ok(text) => eprintln!("{text}"),
     }
     if dry_run || no_wait {
         return Exit::Ok;
