@@ -167,18 +167,19 @@ impl Intent {
 
     /// Takes up to `n` extents out that no write is in: clean ones first, then those unused for
     /// longest. Returns the ones whose blocks must be durable in the bitmap before the next
-    /// transaction, each with the flush generation of its last write. `keep` tells extents that
+    /// transaction, each with the flush generation of its last write. `needed` ones stay. `keep` tells extents that
     /// are known to differ and so are never clean.
     pub(crate) fn evict(
         &mut self,
         n: usize,
         settled: Settled,
+        needed: std::ops::RangeInclusive<u32>,
         keep: impl Fn(u32) -> bool,
     ) -> Vec<(u32, u64)> {
         let mut idle: Vec<(bool, u64, u32, u64)> = self
             .slots
             .iter()
-            .filter(|s| s.in_flight == 0)
+            .filter(|s| s.in_flight == 0 && !needed.contains(&s.extent))
             .map(|s| {
                 (
                     !Self::clean(s, settled) || keep(s.extent),

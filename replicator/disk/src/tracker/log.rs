@@ -19,17 +19,13 @@ impl Tracker {
     ) -> (MutexGuard<'a, Inner>, Result<()>) {
         let extents = Intent::extents_of(offset, len);
         loop {
-            // Eviction belongs to an idle log: what it notes goes into the next transaction.
-            if !g.log_busy {
-                let missing = g.intent.missing(extents.clone());
-                if missing > g.intent.room() {
-                    g.evict(missing);
-                }
-                if missing <= g.intent.room() {
-                    break;
-                }
-            } else if g.intent.missing(extents.clone()) <= g.intent.room() {
+            let missing = g.intent.missing(extents.clone());
+            if missing <= g.intent.room() {
                 break;
+            }
+            // Eviction belongs to an idle log: what it notes goes into the next transaction.
+            if !g.log_busy && g.evict(missing, extents.clone()) > 0 {
+                continue;
             }
             if let Err(e) = g.check() {
                 return (g, Err(e));
@@ -118,7 +114,8 @@ impl Tracker {
                 epoch: u64::MAX,
                 flushed_gen: u64::MAX,
             };
-            g.intent.evict(n, all, |_| false);
+            // No disk has that extent: none is needed any more.
+            g.intent.evict(n, all, u32::MAX..=u32::MAX, |_| false);
             g = self.write_log(g);
         }
         g.check()

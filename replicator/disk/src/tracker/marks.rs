@@ -5,6 +5,7 @@ use crate::blocks::{BLOCKS_PER_EXTENT, BlockSet, span};
 use crate::error::Result;
 use crate::meta::bitmap;
 use havm_core::ids::EpochNo;
+use std::ops::RangeInclusive;
 
 /// Whether any block of the extent is in the set.
 pub(super) fn marked(set: &BlockSet, extent: u32) -> bool {
@@ -75,13 +76,14 @@ impl Tracker {
 }
 
 impl Inner {
-    /// Makes room for `missing` extents and some more. Bitmap pages that must be durable before
-    /// the next transaction are noted.
-    pub(super) fn evict(&mut self, missing: usize) {
-        let n = missing.max(self.intent.len() / 8);
+    /// Takes `missing` extents and some more out of the log, none of `needed`; how many. Bitmap
+    /// pages that must be durable before the next transaction are noted.
+    pub(super) fn evict(&mut self, missing: usize, needed: RangeInclusive<u32>) -> usize {
+        let before = self.intent.len();
+        let n = missing.max(before / 8);
         let settled = self.settled();
         let dirty = &self.dirty;
-        let marked_ones = self.intent.evict(n, settled, |e| marked(dirty, e));
+        let marked_ones = self.intent.evict(n, settled, needed, |e| marked(dirty, e));
         for (e, write_gen) in marked_ones {
             let first = e * BLOCKS_PER_EXTENT as u32;
             let last = (first + BLOCKS_PER_EXTENT as u32 - 1).min(self.may.capacity() - 1);
@@ -91,6 +93,7 @@ impl Inner {
                 self.unflushed.push((e, write_gen));
             }
         }
+        before - self.intent.len()
     }
 
     pub(super) fn settle(&mut self) {
