@@ -229,6 +229,8 @@ pub struct Engine {
 
     /// Commands from the failed `Persist` on, to be tried again.
     fault: Option<Vec<Command>>,
+    /// Role and basis before the last `Persist`: what is durable when it fails.
+    before: Option<(Role, Term)>,
     last_tail: Vec<Command>,
     waiting_events: VecDeque<Event>,
     said: Option<NoticeKind>,
@@ -301,6 +303,7 @@ impl Engine {
             automatic_move: false,
             last_hello: None,
             fault: None,
+            before: None,
             last_tail: vec![],
             waiting_events: VecDeque::new(),
             said: None,
@@ -462,6 +465,7 @@ impl Engine {
         if self.rec.as_ref() == Some(&new) {
             return;
         }
+        self.before = self.rec.as_ref().map(|r| (r.role, r.basis));
         self.rec = Some(new.clone());
         self.unusable = None;
         self.out.push(Command::Persist(Box::new(new)));
@@ -481,8 +485,11 @@ impl Engine {
         if self.fault.is_none() {
             self.fault = Some(std::mem::take(&mut self.last_tail));
         }
-        let term = self.term();
-        self.order(Order::CloseGate { term });
+        // A protected gate lets out only what was acked, and needs no new promise for it. The order
+        // names the durable term: the replicator must not hear of a higher one before it is.
+        if let Some((Role::Solo, term)) = self.before {
+            self.order(Order::CloseGate { term });
+        }
         self.notice(NoticeKind::RecordFault, Severity::Alarm, text);
         self.timers
             .set(Timer::Persist, self.now + self.set.persist_retry);
@@ -495,11 +502,11 @@ impl Engine {
             self.out.extend(tail);
             let term = self.basis();
             if self.is(Role::Solo, RoleStatus::Active) && self.gate_open {
+                // Ends a stream that had begun: the next Join starts another.
+                if self.link != Link::Idle {
+                    self.link = Link::Broken;
+                }
                 self.order(Order::OpenGate { term });
-            } else if self.is(Role::Protected, RoleStatus::Active)
-                && matches!(self.link, Link::Armed(_) | Link::Protected)
-            {
-                self.order(Order::Arm { term });
             }
         }
     }

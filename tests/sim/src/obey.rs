@@ -87,11 +87,8 @@ impl World {
             }
             Order::OpenGate { .. } => {
                 r.gate = Gate::Open;
-                r.mode = if r.send.is_some() {
-                    Mode::Syncing
-                } else {
-                    Mode::Solo
-                };
+                r.mode = Mode::Solo;
+                r.send = None;
             }
             Order::CloseGate { .. } => r.gate = Gate::Closed,
             Order::StartStream {

@@ -105,9 +105,8 @@ impl Engine {
     fn adopt_solo(&mut self, term: Term) {
         match self.mode() {
             Some(Mode::Solo | Mode::Syncing) => {
-                self.gate_open = self.replica.as_ref().is_some_and(|r| r.term == term);
                 self.running = self.replica.as_ref().is_some_and(|r| r.running);
-                // A stream whose other end is not known any more.
+                // The gate is opened (again); of a stream the other end is not known any more.
                 self.link = Link::Broken;
             }
             Some(Mode::Protected) => {
