@@ -10,7 +10,7 @@
 use crate::beat::{self, Beating, Look, Stop, Timers};
 use crate::conn::{Conn, LinkError};
 use crate::identity::{Fingerprint, Identity};
-use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, try_lock};
+use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, take_some, try_lock};
 use crate::listen::{self, ListenError};
 use crate::tls::{ALPN_DATA, TlsSetupError, Trust, server_config};
 use havm_core::ids::{GuestName, LifeId, StreamId, Term};
@@ -579,12 +579,15 @@ impl Hub {
 }
 
 impl Side for Hub {
-    fn next(&self, link: usize, gen_id: u64) -> Option<Outbound> {
+    fn take(&self, link: usize, gen_id: u64, bytes: usize) -> Vec<Outbound> {
         let mut state = lock(&self.state);
         if !state.is_current(link, gen_id) {
-            return None;
+            return Vec::new();
         }
-        state.session.as_mut()?.tx.next(link)
+        match &mut state.session {
+            Some(session) => take_some(bytes, || session.tx.next(link)),
+            None => Vec::new(),
+        }
     }
 
     fn has_next(&self, link: usize, gen_id: u64) -> bool {

@@ -5,7 +5,7 @@
 //! ([`crate::beat`]) borrows the connection for a sign of life when nothing was sent for a while.
 
 use crate::conn::{Conn, LinkError};
-use crate::pi::{PiGuard, PiMutex};
+use crate::pi::PiMutex;
 use havm_wire::hello::{LinkFrame, Position};
 use havm_wire::raw::RawFrame;
 use havm_wire::sender::Outbound;
@@ -97,12 +97,26 @@ impl Counters {
 /// What a link's thread needs from the stream that it carries. `gen_id` names the connection: one
 /// that was replaced gets and delivers nothing more.
 pub(crate) trait Side: Send + Sync {
-    fn next(&self, link: usize, gen_id: u64) -> Option<Outbound>;
+    /// The frames that `link` should send now, until they have `bytes` together.
+    fn take(&self, link: usize, gen_id: u64, bytes: usize) -> Vec<Outbound>;
     fn has_next(&self, link: usize, gen_id: u64) -> bool;
     fn deliver(&self, link: usize, gen_id: u64, frames: Vec<RawFrame>) -> Result<(), LinkError>;
     fn position(&self) -> Position;
     /// Taken once: the consumer freed enough to be told soon.
     fn take_tell(&self) -> bool;
+}
+
+/// Frames of `next` until they have `bytes` together.
+pub(crate) fn take_some(bytes: usize, mut next: impl FnMut() -> Option<Outbound>) -> Vec<Outbound> {
+    let mut frames = Vec::new();
+    let mut filled = 0;
+    while filled < bytes
+        && let Some(out) = next()
+    {
+        filled += out.frame.wire_bytes();
+        frames.push(out);
+    }
+    frames
 }
 
 /// A connection, seen from all threads.
@@ -166,9 +180,11 @@ impl Link {
         if !self.asleep.swap(false, SeqCst) {
             return false;
         }
-        let sent = match self.conn.try_lock() {
-            Some(conn) => self.send_what_is_there(conn, side),
-            None => Ok(true),
+        let free = self.conn.try_lock().is_some_and(|c| !c.is_blocked());
+        let sent = if free {
+            self.send_what_is_there(side)
+        } else {
+            Ok(true)
         };
         if let Err(why) = &sent {
             self.close(&why.to_string());
@@ -266,48 +282,43 @@ impl Link {
 
     /// Sends what there is to send. True when the socket is full.
     fn send(&self, side: &dyn Side, told: &mut Position, tell: bool) -> Result<bool, LinkError> {
+        let position = Some(side.position()).filter(|p| tell && p != told);
         let mut conn = self.conn.lock();
-        if tell {
-            let position = side.position();
-            if position != *told {
-                say_position(&mut conn, position)?;
-                *told = position;
-            }
+        if let Some(position) = position {
+            say_position(&mut conn, position)?;
+            *told = position;
         }
-        self.send_what_is_there(conn, side)
+        let all = conn.flush()?;
+        self.count_sent(&mut conn);
+        drop(conn);
+        if all {
+            self.send_what_is_there(side)
+        } else {
+            Ok(true)
+        }
     }
 
-    fn send_what_is_there<'a>(
-        &'a self,
-        mut conn: PiGuard<'a, Conn>,
-        side: &dyn Side,
-    ) -> Result<bool, LinkError> {
+    /// Sends frames until there are none, or the socket is full (true).
+    fn send_what_is_there(&self, side: &dyn Side) -> Result<bool, LinkError> {
         loop {
-            if !conn.flush()? {
-                self.count_sent(&mut conn);
-                return Ok(true);
-            }
-            let mut filled = 0;
-            while filled < FILL_BYTES {
-                let Some(out) = side.next(self.index, self.gen_id) else {
-                    break;
-                };
+            // Taken before the connection is locked: who holds that lock must not wait for the
+            // stream's, which lends no priority.
+            let frames = side.take(self.index, self.gen_id, FILL_BYTES);
+            let mut conn = self.conn.lock();
+            for out in &frames {
                 conn.queue(&out.frame, out.seq)?;
-                let bytes = out.frame.wire_bytes();
-                filled += bytes;
-                if out.again {
-                    self.counters.resent_frames.fetch_add(1, SeqCst);
-                    self.counters.resent_bytes.fetch_add(bytes as u64, SeqCst);
-                }
             }
-            if filled == 0 {
-                self.count_sent(&mut conn);
-                return Ok(false);
-            }
+            let all = conn.flush()?;
             self.count_sent(&mut conn);
-            // A beat that waits gets its turn between two fillings.
             drop(conn);
-            conn = self.conn.lock();
+            for out in frames.iter().filter(|out| out.again) {
+                let bytes = out.frame.wire_bytes() as u64;
+                self.counters.resent_frames.fetch_add(1, SeqCst);
+                self.counters.resent_bytes.fetch_add(bytes, SeqCst);
+            }
+            if !all || frames.is_empty() {
+                return Ok(!all);
+            }
         }
     }
 

@@ -9,7 +9,7 @@
 use crate::beat::{self, Beating, Look, Stop, Timers};
 use crate::conn::{Conn, LinkError};
 use crate::identity::{Fingerprint, Identity};
-use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, try_lock};
+use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, take_some, try_lock};
 use crate::tls::{ALPN_DATA, TlsSetupError, Trust, client_config};
 use havm_wire::back::Back;
 use havm_wire::frame::Frame;
@@ -271,9 +271,11 @@ impl Outgoing {
         .encode();
         if bye.is_ok_and(|bye| self.send(bye, patience).is_ok()) {
             let mut state = lock(&self.hub.state);
+            let was_up = state.is_up();
             while !state.tx.is_received() && state.broken.is_none() {
                 let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
+                // A peer that leaves upon the goodbye may not tell that it received it.
+                if left.is_zero() || (was_up && !state.is_up()) {
                     break;
                 }
                 let waited = self.hub.room.wait_timeout(state, left);
@@ -306,6 +308,10 @@ impl State {
         (0..n)
             .filter_map(|i| self.links[(self.turn + i) % n].clone())
             .collect()
+    }
+
+    fn is_up(&self) -> bool {
+        self.links.iter().any(Option::is_some)
     }
 
     fn is_current(&self, link: usize, gen_id: u64) -> bool {
@@ -342,6 +348,11 @@ impl Hub {
             self.room.notify_all();
             self.news.notify_all();
         }
+    }
+
+    /// A link that missed three signs of life gets nothing new while another one is heard.
+    fn doubtful_us(&self) -> u64 {
+        self.spec.timers.beat_every.as_micros() as u64 * 3
     }
 
     fn is_over(&self) -> bool {
@@ -471,27 +482,26 @@ impl Hub {
         for link in state.links.iter().flatten() {
             link.wake();
         }
+        self.room.notify_all();
         self.news.notify_all();
     }
 }
 
 impl Side for Hub {
-    fn next(&self, link: usize, gen_id: u64) -> Option<Outbound> {
+    fn take(&self, link: usize, gen_id: u64, bytes: usize) -> Vec<Outbound> {
         let now = now_us();
         let mut state = lock(&self.state);
-        let doubtful_us = self.spec.timers.beat_every.as_micros() as u64 * 3;
-        if !state.is_current(link, gen_id) || state.is_doubtful(link, now, doubtful_us) {
-            return None;
+        if !state.is_current(link, gen_id) || state.is_doubtful(link, now, self.doubtful_us()) {
+            return Vec::new();
         }
-        state.tx.next(link, now)
+        take_some(bytes, || state.tx.next(link, now))
     }
 
     fn has_next(&self, link: usize, gen_id: u64) -> bool {
         let now = now_us();
         let state = lock(&self.state);
-        let doubtful_us = self.spec.timers.beat_every.as_micros() as u64 * 3;
         state.is_current(link, gen_id)
-            && !state.is_doubtful(link, now, doubtful_us)
+            && !state.is_doubtful(link, now, self.doubtful_us())
             && state.tx.has_next(link, now)
     }
 
