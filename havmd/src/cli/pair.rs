@@ -183,9 +183,9 @@ pub fn witness(args: WitnessArgs) -> Exit {
     if args.reset {
         return match BookStore::reset(&args.state_dir) {
             Ok(()) => {
-                crate::cli::say(format!(
-                    "the witness's book is gone; start it, then enrol every pair again"
-                ));
+                crate::cli::say(
+                    "the witness's book is gone; start it, then enrol every pair again",
+                );
                 Exit::Ok
             }
             Err(e) => fail(e),
