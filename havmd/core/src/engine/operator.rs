@@ -137,7 +137,7 @@ impl Engine {
                     Severity::Info,
                     "the guest runs here without protection, as asked",
                 );
-                if self.intent() == Intent::Stopped && self.qemu == Qemu::None {
+                if self.intent() == Intent::Stopped && self.life.is_none() {
                     self.drop_copy();
                     self.out.push(Command::Forget);
                     self.rec = None;
@@ -150,6 +150,7 @@ impl Engine {
                 Ok(())
             }
             Some((Role::Ineligible, _)) | Some((_, RoleStatus::Yielded)) => {
+                self.rejoin = None;
                 self.drop_copy();
                 self.out.push(Command::Forget);
                 self.rec = None;
