@@ -99,6 +99,7 @@ pub mod journal;
 pub mod meta;
 pub mod nbd;
 mod overlay;
+mod pool;
 pub mod store;
 pub mod sync;
 mod sys;

@@ -39,22 +39,27 @@ fn history(rng: &mut Rng) -> Run {
         states: vec![Arc::new(content(&machine))],
     };
     let mut marks = vec![(machine.world.now(), peer.clone())];
+    // Histories of different character: some never flush, some have a peer that is slow to.
+    let flushes = rng.below(2) * 50;
+    let peer_flushes = [10, 50, 90][rng.below(3) as usize];
+    let narrow = rng.chance(50);
     let mut streams = 0u8;
     let mut next_epoch = 1;
     let mut synced: Vec<(u32, Vec<u8>)> = Vec::new();
-    for _ in 0..100 {
+    for _ in 0..140 {
         match rng.below(20) {
             0..10 => {
                 let units = SIZE / 512;
-                let at = rng.below(units) * 512;
+                // A narrow history stays within the log for long, a wide one evicts all the time.
+                let at = rng.below(if narrow { units / 2 } else { units }) * 512;
                 let len = (512 + rng.below(200) * 512).min(SIZE - at);
                 if rng.chance(15) {
-                    disk.zero(at, len, true, rng.chance(20)).unwrap();
+                    disk.zero(at, len, true, rng.chance(flushes / 5)).unwrap();
                 } else {
                     let stamp = rng.next().to_le_bytes();
                     let mut data: Vec<u8> =
                         stamp.iter().copied().cycle().take(len as usize).collect();
-                    disk.write(at, &mut data, rng.chance(20)).unwrap();
+                    disk.write(at, &mut data, rng.chance(flushes / 5)).unwrap();
                 }
             }
             10..13 if disk.mode() == Mode::Tracking => {
@@ -86,7 +91,7 @@ fn history(rng: &mut Rng) -> Run {
                 let n = peer.first + rng.below(peer.states.len() as u64 + 2);
                 let n = n.min(peer.first + peer.states.len() as u64 - 1);
                 disk.acked(EpochNo(n));
-                if rng.chance(70) {
+                if rng.chance(peer_flushes) {
                     disk.peer_durable(EpochNo(n));
                     peer.states.drain(..(n - peer.first) as usize);
                     peer.first = n;
@@ -114,12 +119,12 @@ fn history(rng: &mut Rng) -> Run {
                 disk.begin_tracking(StreamId([streams; 16]), EpochNo(1))
                     .unwrap();
             }
-            16 if disk.mode() == Mode::Tracking && rng.chance(40) => {
+            16 if disk.mode() == Mode::Tracking && rng.chance(60) => {
                 disk.end_tracking().unwrap();
                 synced.clear();
             }
-            17 => disk.flush().unwrap(),
-            18 if rng.chance(50) => disk.tidy().unwrap(),
+            17 if rng.chance(flushes * 2) => disk.flush().unwrap(),
+            18 if rng.chance(flushes) => disk.tidy().unwrap(),
             _ => (),
         }
         marks.push((machine.world.now(), peer.clone()));
@@ -159,7 +164,11 @@ fn what_may_differ_is_known_after_any_crash() {
         let run = history(rng);
         let (start, end) = (run.marks[0].0, run.machine.world.now());
         for _ in 0..15 {
-            let at = start + rng.below((end - start + 1) as u64) as usize;
+            let mut at = start + rng.below((end - start + 1) as u64) as usize;
+            if rng.chance(60) {
+                // Where most is at stake: just before a flush.
+                at = run.machine.world.before_flush(at);
+            }
             let how = if rng.chance(25) {
                 Crash::Kill
             } else {

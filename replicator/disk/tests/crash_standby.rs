@@ -245,7 +245,10 @@ fn one_state_after_any_crash() {
         let end = run.machine.world.now();
         let start = run.marks[0].0;
         for _ in 0..60 {
-            let at = start + rng.below((end - start + 1) as u64) as usize;
+            let mut at = start + rng.below((end - start + 1) as u64) as usize;
+            if rng.chance(40) {
+                at = run.machine.world.before_flush(at);
+            }
             let how = if rng.chance(25) {
                 Crash::Kill
             } else {

@@ -11,8 +11,8 @@ use crate::epoch::{EpochWrites, WriteOp};
 use crate::error::{DiskError, Result};
 use crate::journal::replay::Replayed;
 use crate::meta::Superblock;
+use crate::pool::Pool;
 use crate::tracker::{Mode, Tracker};
-use bytes::Bytes;
 use havm_core::ids::{EpochNo, GenId, StreamId};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -27,6 +27,7 @@ pub struct Disk {
     pub(crate) backing: Arc<Backing>,
     pub(crate) counters: Arc<Live>,
     pub(crate) size: u64,
+    pool: Arc<Pool>,
     /// Larger zeroes are cut, so that one request never needs the whole write-intent log.
     zero_piece: u64,
     replayed: Replayed,
@@ -114,6 +115,11 @@ impl Disk {
         self.seen(r)
     }
 
+    /// An empty buffer with room for a write: memory of epochs that are done with, where possible.
+    pub fn buffer(&self, len: usize) -> Vec<u8> {
+        self.pool.take(len)
+    }
+
     /// Writes, at most [`MAX_WRITE_BYTES`]. The buffer is emptied where the epoch keeps it, and
     /// left alone otherwise.
     pub fn write(&self, offset: u64, buf: &mut Vec<u8>, fua: bool) -> Result<()> {
@@ -133,7 +139,7 @@ impl Disk {
             let done = self.backing.write(offset, buf);
             let op = t
                 .keep_data
-                .then(|| WriteOp::Data(Bytes::from(std::mem::take(buf))));
+                .then(|| WriteOp::Data(self.pool.share(std::mem::take(buf))));
             self.tracker.end(t, done.is_ok(), op);
             done?;
             if fua { self.flush_store() } else { Ok(()) }

@@ -180,6 +180,7 @@ impl Disk {
             backing: Arc::new(backing),
             counters,
             size,
+            pool: Arc::default(),
             zero_piece: EXTENT_BYTES * u64::from(sb.log_extents / 4).max(1),
             replayed,
             inconsistent: AtomicBool::new(sb.inconsistent),

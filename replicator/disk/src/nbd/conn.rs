@@ -102,7 +102,12 @@ impl Conn {
                 return Ok(None);
             }
             cmd::WRITE if r.len > MAX_REQUEST => return Err(bad("a write over 32 MiB")),
-            cmd::WRITE => rx.payload(&self.stream, data, r.len as usize)?,
+            cmd::WRITE => {
+                if data.capacity() == 0 {
+                    *data = self.disk.buffer(r.len as usize);
+                }
+                rx.payload(&self.stream, data, r.len as usize)?;
+            }
             _ => (),
         }
         Ok(Some(r))

@@ -46,6 +46,13 @@ impl World {
     pub fn now(&self) -> usize {
         self.ops.lock().unwrap().len()
     }
+    /// The next moment from `at` on at which a flush has not happened yet, but is next.
+    pub fn before_flush(&self, at: usize) -> usize {
+        let ops = self.ops.lock().unwrap();
+        (at..ops.len())
+            .find(|i| matches!(ops[*i].1, Op::Flush))
+            .unwrap_or(at)
+    }
 }
 
 #[derive(Debug)]
