@@ -93,6 +93,12 @@ impl Permit {
     pub fn from_yield(record: &Record, term: Term, basis: Term, side: Side) -> Option<Permit> {
         let fits = match (record.role, side) {
             (Role::Protected | Role::Solo, Side::Standby) => basis <= record.basis,
+            // The taker of an unconfirmed handover lost the guest: it released nothing in that
+            // term, for no one has acked to it (found by the simulation; without an arbiter there
+            // is no other way out).
+            (Role::Protected, Side::Primary) => {
+                record.status == RoleStatus::Handing && basis == record.term
+            }
             (Role::Eligible, Side::Primary) => {
                 record.status == RoleStatus::Active && basis == record.basis
             }

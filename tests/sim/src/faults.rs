@@ -1,7 +1,8 @@
 //! The faults of a history.
 
-use crate::world::{Ev, MS, World};
+use crate::world::{Ev, MS, Register, World};
 use havm_core::event::{Event, Operator};
+use havm_core::ids::Incarnation;
 use havm_core::order::{GuestEnd, Report};
 use havm_core::status::Safety;
 
@@ -24,6 +25,8 @@ pub enum Fault {
     OneLink,
     /// A node, or both, cannot reach the witness.
     Witness,
+    /// The witness is lost and set up anew: another incarnation, an empty register.
+    WitnessAnew,
     /// The guest shuts itself down, or is destroyed on purpose; later it is started again.
     Stop,
     /// An operator moves the guest.
@@ -34,7 +37,7 @@ pub enum Fault {
     MidCommand,
 }
 
-const DRAWN: [(Fault, u64); 10] = [
+const DRAWN: [(Fault, u64); 11] = [
     (Fault::PowerOff, 18),
     (Fault::Freeze, 8),
     (Fault::Daemon, 12),
@@ -43,6 +46,7 @@ const DRAWN: [(Fault, u64); 10] = [
     (Fault::BothLinks, 14),
     (Fault::OneLink, 6),
     (Fault::Witness, 14),
+    (Fault::WitnessAnew, 3),
     (Fault::Stop, 4),
     (Fault::Switchover, 14),
 ];
@@ -170,6 +174,10 @@ impl World {
                         },
                     );
                 }
+            }
+            Fault::WitnessAnew => {
+                self.incarnation = Incarnation(self.rng.id());
+                self.register = Register::default();
             }
             Fault::Stop => self.stop_guest(node),
             Fault::Switchover => {

@@ -969,6 +969,23 @@ impl World {
         if self.setup.lie == Some(Lie::WitnessForgets) && self.rng.chance(1, 3) {
             self.register = Register::default();
         }
+        if req.incarnation != self.incarnation {
+            if answer {
+                let reply = WitnessReply::WrongIncarnation {
+                    incarnation: self.incarnation,
+                };
+                let event = Event::Witness(reply);
+                self.push(
+                    MS,
+                    Ev::Deliver {
+                        node,
+                        session,
+                        event,
+                    },
+                );
+            }
+            return;
+        }
         let me = Some(node_id(node));
         let reg = self.register;
         let again = reg.term == req.term && reg.holder == me;

@@ -314,7 +314,12 @@ impl Engine {
         let Some(rec) = self.rec.clone() else { return };
         match Permit::from_fence(&rec, self.life, &outcome) {
             Some(permit) => self.take(permit),
-            None if outcome == FenceOutcome::Failed => self.gated("fencing failed"),
+            None if outcome == FenceOutcome::Failed => {
+                // Never a storm: the next attempt waits.
+                self.timers
+                    .set(Timer::Arbiter, self.now + self.set.arbiter_retry * 30);
+                self.gated("fencing failed");
+            }
             None => {}
         }
     }

@@ -163,7 +163,7 @@ impl Engine {
                     intent,
                     life: env.from_life,
                 };
-                self.on_hello(role, active, target);
+                self.on_hello(env.term, role, active, target);
             }
             Body::Join { ports } => self.on_join(&env, ports),
             Body::Protect { arbiter } => self.on_protect(&env, arbiter),
@@ -174,7 +174,7 @@ impl Engine {
         }
     }
 
-    fn on_hello(&mut self, role: Role, active: bool, t: Target) {
+    fn on_hello(&mut self, term: Term, role: Role, active: bool, t: Target) {
         let primary = active && matches!(role, Role::Solo | Role::Protected);
         let Some(rec) = self.rec.clone() else {
             if primary && t.term >= self.seen_term {
@@ -185,7 +185,7 @@ impl Engine {
             return;
         };
         if !primary {
-            return self.on_other_hello(&rec, role, t);
+            return self.on_other_hello(&rec, role, t, term);
         }
         let waiting_for_conf = self.is(Role::Protected, RoleStatus::Handing)
             && self.warm()
@@ -235,15 +235,18 @@ impl Engine {
     }
 
     /// A Hello of a node that runs nothing.
-    fn on_other_hello(&mut self, rec: &Record, role: Role, t: Target) {
+    fn on_other_hello(&mut self, rec: &Record, role: Role, t: Target, term: Term) {
         let standby = matches!(role, Role::Eligible | Role::Ineligible) && t.term <= rec.basis;
         match (rec.role, rec.status) {
             (Role::Solo, RoleStatus::Active) if self.active() => self.hello_back(),
             (Role::Protected, RoleStatus::Active | RoleStatus::Handing) => {
                 if self.life.is_none() {
-                    self.peer_of_lost_primary(rec, role, t);
+                    self.peer_of_lost_primary(rec, role, t, term);
                 } else if standby && t.life != self.peer_life() {
                     self.standby_says_lost();
+                } else if role == Role::Protected {
+                    // One of us handed over, and one lost its copy: it has to hear how I stand.
+                    self.hello_back();
                 }
             }
             (Role::Eligible, RoleStatus::Active) => self.hello_back(),
@@ -268,12 +271,17 @@ impl Engine {
 
     /// Rule 11: a protected primary without its guest gives way to a warm standby; any other
     /// standby has to give its claim up, and the guest starts here again.
-    fn peer_of_lost_primary(&mut self, rec: &Record, role: Role, t: Target) {
+    fn peer_of_lost_primary(&mut self, rec: &Record, role: Role, t: Target, term: Term) {
+        let active = rec.status == RoleStatus::Active && rec.intent == Intent::Run;
+        if active && role == Role::Protected && t.term < rec.basis && term == rec.basis {
+            // It handed over to me, and nothing was released since: it goes on with its own copy.
+            return self.yield_primary();
+        }
         let warm = role == Role::Eligible
             && t.term == rec.basis
             && t.life.is_some()
             && t.life == self.peer_life();
-        if warm && rec.status == RoleStatus::Active && rec.intent == Intent::Run {
+        if warm && active {
             self.yield_primary();
         } else if matches!(role, Role::Eligible | Role::Ineligible) && t.term <= rec.basis {
             self.ask_yield(false);
