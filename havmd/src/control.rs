@@ -47,6 +47,8 @@ pub enum Request {
     Unprotect {
         /// Which.
         guest: GuestName,
+        /// A running guest may be shut down and started again for it.
+        restart: bool,
     },
     /// Something for a guest's engine.
     Operate {

@@ -94,6 +94,7 @@ fn every_request_has_one_end() {
         &path,
         &Request::Unprotect {
             guest: "web".parse().expect("name"),
+            restart: false,
         },
     )[1] else {
         panic!("no failure")

@@ -52,8 +52,8 @@ pub fn protect(
 }
 
 /// `havm unprotect`.
-pub fn unprotect(daemon: &Daemon, guest: GuestName) -> Exit {
-    end(daemon.ask::<String>(&Request::Unprotect { guest }, progress))
+pub fn unprotect(daemon: &Daemon, guest: GuestName, restart: bool) -> Exit {
+    end(daemon.ask::<String>(&Request::Unprotect { guest, restart }, progress))
 }
 
 /// `havm switchover`, `failback`, `start`, `stop`, `force-promote`, `discard-mine`.

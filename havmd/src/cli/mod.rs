@@ -68,6 +68,9 @@ pub enum Command {
     Unprotect {
         /// The guest.
         guest: GuestName,
+        /// A running guest may be shut down cleanly and started again, which is needed.
+        #[arg(long)]
+        restart: bool,
     },
     /// Move a guest to the other node, without a break in its protection.
     Switchover(OnGuest),
@@ -179,7 +182,7 @@ pub fn run(cli: Cli) -> Exit {
             restart,
             no_wait,
         } => guest::protect(&daemon, guest, dry_run, home, restart, no_wait),
-        Command::Unprotect { guest } => guest::unprotect(&daemon, guest),
+        Command::Unprotect { guest, restart } => guest::unprotect(&daemon, guest, restart),
         Command::Switchover(g) => guest::operate(&daemon, g.guest, Op::Switchover, !g.no_wait),
         Command::Failback(g) => guest::operate(&daemon, g.guest, Op::Failback, !g.no_wait),
         Command::Start(g) => guest::operate(&daemon, g.guest, Op::Start, !g.no_wait),

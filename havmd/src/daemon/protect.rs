@@ -289,16 +289,27 @@ impl Shared {
         done
     }
 
-    /// `havm unprotect`, at the node that runs the guest.
-    pub async fn unprotect(&self, guest: &GuestName, say: &Answers) -> Result<String, String> {
+    /// `havm unprotect`, at the node that runs the guest. Every step may find its work done already,
+    /// so that an interrupted one can be asked for again.
+    pub async fn unprotect(
+        &self,
+        guest: &GuestName,
+        restart: bool,
+        say: &Answers,
+    ) -> Result<String, String> {
+        let there = &self.config.peer.name;
         let s = self
             .guest_status(guest)
             .await
             .ok_or("the guest is not protected here")?;
         if !matches!(s.role, Some(Role::Solo | Role::Protected)) {
+            return Err(format!("guest {guest} runs at {there}: unprotect it there"));
+        }
+        let runs = s.safety != Safety::Stopped;
+        if runs && !restart {
             return Err(format!(
-                "guest {guest} runs at {}: unprotect it there",
-                self.config.peer.name
+                "guest {guest} runs: its disks and NICs can go back to libvirt only while it is off. \
+                 `havm stop {guest}` and ask again, or let havm restart it with --restart"
             ));
         }
         let original = guests::original_xml(&self.paths, guest)
@@ -310,48 +321,60 @@ impl Shared {
             s.role == Some(Role::Solo)
         })
         .await?;
-        match self
-            .ask_peer(
-                &Ask::Remove {
-                    guest: guest.clone(),
-                },
-                PEER,
-            )
-            .await
-        {
+        let remove = Ask::Remove {
+            guest: guest.clone(),
+        };
+        match self.ask_peer(&remove, PEER).await {
             Ok(Told::Done) => {}
-            Ok(Told::Failed { why }) => return Err(format!("the peer: {why}; ask again")),
+            Ok(Told::Failed { why }) => return Err(format!("{there}: {why}; ask again")),
             Ok(other) => return Err(format!("the peer gave an unexpected answer: {other:?}")),
             Err(e) => {
                 return Err(format!(
-                    "{e}; the guest runs on without protection, ask again when the peer is back"
+                    "{e}; the guest runs on without protection, ask again when {there} is back"
                 ));
             }
         }
-        say.progress("shutting the guest down: its disks and NICs go back to libvirt")
-            .await;
-        if s.safety != Safety::Stopped {
+        if runs && self.guest_status(guest).await.is_some() {
+            say.progress("shutting the guest down: its disks and NICs go back to libvirt")
+                .await;
             self.operate(guest, Operator::Stop).await?;
         }
         self.wait(guest, "the guest to stop", |s| {
             s.safety == Safety::Stopped && s.life.is_none()
         })
         .await?;
-        self.operate(guest, Operator::Unprotect).await?;
-        for _ in 0..300 {
+        self.forget(guest).await?;
+        if let Some(w) = self.witness()
+            && let Err(e) = w.remove_key(guest, WITNESS).await
+        {
+            say.progress(format!("the witness keeps the guest's register: {e}"))
+                .await;
+        }
+        self.libvirt.define(original).await.map_err(text)?;
+        let disk = format!("its disk on {there} stays");
+        if runs {
+            self.libvirt
+                .start_defined(guest.as_str())
+                .await
+                .map_err(text)?;
+            return Ok(format!(
+                "guest {guest} runs without havm, by its original definition; {disk}"
+            ));
+        }
+        Ok(format!(
+            "guest {guest} has its original definition again and is shut off (`virsh start {guest}` runs it); {disk}"
+        ))
+    }
+
+    /// Has the record removed; the engine does so as soon as the last process is gone.
+    async fn forget(&self, guest: &GuestName) -> Result<(), String> {
+        for _ in 0..60 {
             if self.guest_status(guest).await.is_none() {
-                if let Some(w) = self.witness()
-                    && let Err(e) = w.remove_key(guest, WITNESS).await
-                {
-                    say.progress(format!("the witness keeps the guest's register: {e}"))
-                        .await;
-                }
-                self.libvirt.define(original).await.map_err(text)?;
-                return Ok(format!(
-                    "guest {guest} has its original definition again and is shut off; `virsh start {guest}` runs it. Its disk on the other node stays"
-                ));
+                return Ok(());
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            // Refused while a process still ends: asked again below.
+            let _ = self.operate(guest, Operator::Unprotect).await;
+            tokio::time::sleep(Duration::from_millis(500)).await;
         }
         Err("the guest's record could not be removed in time; ask again".into())
     }

@@ -36,8 +36,8 @@ impl Shared {
                 };
                 finish(&answers, self.protect(&wish, &answers).await).await;
             }
-            Request::Unprotect { guest } => {
-                finish(&answers, self.unprotect(&guest, &answers).await).await;
+            Request::Unprotect { guest, restart } => {
+                finish(&answers, self.unprotect(&guest, restart, &answers).await).await;
             }
             Request::Operate { guest, op } => {
                 finish(&answers, self.operate_where_it_runs(&guest, op).await).await;

@@ -172,6 +172,15 @@ impl Libvirt {
         .await
     }
 
+    /// Starts a defined domain as any admin would.
+    pub async fn start_defined(&self, name: &str) -> Result<(), LibvirtError> {
+        let name = name.to_owned();
+        self.call("start the domain", move |c| {
+            c.lookup_domain_by_name(&name)?.create()
+        })
+        .await
+    }
+
     /// Ends a domain's QEMU at once; fine where there is none.
     pub async fn destroy(&self, name: &str) -> Result<(), LibvirtError> {
         let name = name.to_owned();
