@@ -17,7 +17,13 @@
 use crate::link::{Link, now_us};
 use crate::sys;
 use havm_wire::hello::Position;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::time::TimeSpec;
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Timers of a stream's links.
@@ -83,27 +89,46 @@ pub(crate) trait Beating: Send + Sync {
     fn silent(&self, silent: bool);
 }
 
-/// Stops a beat thread.
-#[derive(Default)]
-pub(crate) struct Stop {
-    stopped: Mutex<bool>,
-    changed: Condvar,
-}
+/// Stops a beat thread, and others that sleep.
+pub(crate) struct Stop(EventFd);
 
 impl Stop {
+    pub fn new() -> io::Result<Self> {
+        Ok(Stop(EventFd::from_flags(
+            EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC,
+        )?))
+    }
+
     pub fn stop(&self) {
-        *crate::link::lock(&self.stopped) = true;
-        self.changed.notify_all();
+        // Never read, so every sleeper sees it. Full means that it rings already.
+        let _ = self.0.write(1);
     }
 
     /// Sleeps; true when it is over.
     pub fn sleep(&self, how_long: Duration) -> bool {
-        let stopped = crate::link::lock(&self.stopped);
-        let (stopped, _) = self
-            .changed
-            .wait_timeout_while(stopped, how_long, |s| !*s)
-            .unwrap_or_else(PoisonError::into_inner);
-        *stopped
+        self.sleep_or_hear(how_long, &[])
+    }
+
+    /// The same, but wakes also when one of the sockets can be read.
+    pub fn sleep_or_hear(&self, how_long: Duration, sockets: &[Arc<TcpStream>]) -> bool {
+        let wait = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut fds = vec![wait(self.0.as_fd())];
+        fds.extend(sockets.iter().map(|s| wait(s.as_fd())));
+        match ppoll(&mut fds, Some(TimeSpec::from_duration(how_long)), None) {
+            Ok(_) => fds[0].any().unwrap_or(false),
+            Err(nix::errno::Errno::EINTR) => false,
+            Err(e) => {
+                // It cannot sleep in any better way.
+                tracing::error!("poll failed: {e}");
+                std::thread::sleep(how_long);
+                false
+            }
+        }
+    }
+
+    /// The same as a descriptor, for those who poll themselves.
+    pub fn bell(&self) -> &EventFd {
+        &self.0
     }
 }
 
@@ -133,10 +158,7 @@ pub(crate) fn run(side: &dyn Beating, timers: &Timers, stop: &Stop) {
         let links = &seen.links;
         let mut next = now + every;
         for link in links {
-            if link.beat_due_us(every) <= now {
-                link.beat(seen.position);
-            }
-            next = next.min(link.beat_due_us(every));
+            link.beat(seen.position, every);
         }
         let before = Some(side.heard_before_us()).filter(|h| *h > 0);
         let links_heard = links
@@ -180,7 +202,8 @@ pub(crate) fn run(side: &dyn Beating, timers: &Timers, stop: &Stop) {
             }
         }
         wanted = next.max(now + 500);
-        if stop.sleep(Duration::from_micros(wanted - now)) {
+        let lanes: Vec<_> = links.iter().filter_map(|l| l.lane.socket()).collect();
+        if stop.sleep_or_hear(Duration::from_micros(wanted - now), &lanes) {
             return;
         }
     }

@@ -15,12 +15,11 @@ use crate::listen::{self, ListenError};
 use crate::tls::{ALPN_DATA, TlsSetupError, Trust, server_config};
 use havm_core::ids::{GuestName, LifeId, StreamId, Term};
 use havm_wire::back::Back;
-use havm_wire::hello::{LinkFrame, Position, StreamHello};
+use havm_wire::hello::{Lane, LinkFrame, Position, StreamHello};
 use havm_wire::raw::RawFrame;
 use havm_wire::receiver::Reorder;
 use havm_wire::sender::{Outbound, Repeater};
 use havm_wire::version::WIRE_VERSION;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use rustls::ServerConfig;
 use std::collections::VecDeque;
 use std::io;
@@ -147,8 +146,6 @@ struct Hub {
     /// An offered stream was decided, or all is over.
     decided: Condvar,
     closed: AtomicBool,
-    /// Rings when it is over.
-    bell: EventFd,
     stop: Stop,
     tell: AtomicBool,
     /// See [`Beating::heard_before_us`].
@@ -187,9 +184,7 @@ impl Incoming {
             news: Condvar::new(),
             decided: Condvar::new(),
             closed: AtomicBool::new(false),
-            bell: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)
-                .map_err(io::Error::from)?,
-            stop: Stop::default(),
+            stop: Stop::new()?,
             tell: AtomicBool::new(false),
             heard_us: AtomicU64::new(0),
             strangers: AtomicUsize::new(0),
@@ -338,8 +333,6 @@ impl Drop for Incoming {
         hub.stop.stop();
         lock(&hub.state).end_session("closed on this side");
         hub.decided.notify_all();
-        // Never read, so every listener sees it. Full means that it rings already.
-        let _ = hub.bell.write(1);
     }
 }
 
@@ -412,7 +405,7 @@ impl State {
 impl Hub {
     fn accept_all(self: &Arc<Self>, index: usize, listener: &TcpListener) {
         loop {
-            let accepted = listen::accept(listener, &self.bell);
+            let accepted = listen::accept(listener, self.stop.bell());
             if self.closed.load(SeqCst) {
                 return;
             }
@@ -447,7 +440,8 @@ impl Hub {
         let met = self.meet(index, sock);
         self.strangers.fetch_sub(1, SeqCst);
         let link = match met {
-            Ok(link) => link,
+            Ok(Some(link)) => link,
+            Ok(None) => return,
             Err(why) => {
                 tracing::warn!(index, %from, "connection refused: {why}");
                 return;
@@ -472,14 +466,18 @@ impl Hub {
         self.news.notify_all();
     }
 
-    /// Handshake and hello; the link that now carries the stream.
-    fn meet(&self, index: usize, sock: TcpStream) -> Result<Arc<Link>, LinkError> {
+    /// Handshake and hello; the link that now carries the stream, unless it was a lane of beats.
+    fn meet(&self, index: usize, sock: TcpStream) -> Result<Option<Arc<Link>>, LinkError> {
         let timeout = self.spec.timers.connect_timeout;
         let deadline = Instant::now() + timeout;
         let mut conn = Conn::server(sock, self.tls.clone())?;
         conn.handshake(deadline)?;
-        let (hello, position) = match conn.hear(deadline) {
-            Ok(LinkFrame::Hello { hello, position }) => (hello, position),
+        let (hello, position, lane) = match conn.hear(deadline) {
+            Ok(LinkFrame::Hello {
+                hello,
+                position,
+                lane,
+            }) => (hello, position, lane),
             Ok(_) => {
                 return Err(LinkError::StreamBroken(
                     "it did not start with a hello".into(),
@@ -498,6 +496,7 @@ impl Hub {
         };
         let gen_id = state.next_gen;
         state.next_gen += 1;
+        let carrier = state.links[index].clone();
         let Some(session) = &mut state.session else {
             return Err(LinkError::Closed("no stream".into()));
         };
@@ -508,6 +507,11 @@ impl Hub {
         };
         // Fits the empty socket buffer: this does not wait while the lock is held.
         conn.say(&welcome, Instant::now() + Duration::from_millis(100))?;
+        if lane == Lane::Beat {
+            // The peer makes it right after the link that it belongs to.
+            let gone = || LinkError::Closed("its link is gone already".into());
+            return carrier.ok_or_else(gone)?.lane.attach(conn).map(|()| None);
+        }
         let up = session.tx.link_up(index, position);
         up.map_err(|e| LinkError::StreamBroken(e.to_string()))?;
         let link = Link::new(index, gen_id, conn, self.counters[index].clone())?;
@@ -517,7 +521,7 @@ impl Hub {
         self.heard_us.fetch_max(now_us(), SeqCst);
         state.event(In::LinkUp(index));
         self.news.notify_all();
-        Ok(link)
+        Ok(Some(link))
     }
 
     /// Waits until this hello is the stream being received.

@@ -5,7 +5,7 @@
 //! ([`crate::beat`]) borrows the connection for a sign of life when nothing was sent for a while.
 
 use crate::conn::{Conn, LinkError};
-use crate::pi::PiMutex;
+use crate::lane::BeatLane;
 use havm_wire::hello::{LinkFrame, Position};
 use havm_wire::raw::RawFrame;
 use havm_wire::sender::Outbound;
@@ -123,7 +123,7 @@ pub(crate) fn take_some(bytes: usize, mut next: impl FnMut() -> Option<Outbound>
 pub(crate) struct Link {
     pub index: usize,
     pub gen_id: u64,
-    conn: PiMutex<Conn>,
+    conn: Mutex<Conn>,
     sock: TcpStream,
     wake: EventFd,
     asleep: AtomicBool,
@@ -131,6 +131,8 @@ pub(crate) struct Link {
     spoke_us: AtomicU64,
     closed: Mutex<Option<String>>,
     counters: Arc<Counters>,
+    /// Its second connection.
+    pub lane: BeatLane,
 }
 
 impl Link {
@@ -147,7 +149,7 @@ impl Link {
         Ok(Arc::new(Link {
             index,
             gen_id,
-            conn: PiMutex::new(conn)?,
+            conn: Mutex::new(conn),
             sock,
             wake,
             asleep: AtomicBool::new(false),
@@ -155,6 +157,7 @@ impl Link {
             spoke_us: AtomicU64::new(now_us()),
             closed: Mutex::new(None),
             counters,
+            lane: BeatLane::default(),
         }))
     }
 
@@ -180,7 +183,7 @@ impl Link {
         if !self.asleep.swap(false, SeqCst) {
             return false;
         }
-        let free = self.conn.try_lock().is_some_and(|c| !c.is_blocked());
+        let free = try_lock(&self.conn).is_some_and(|c| !c.is_blocked());
         let sent = if free {
             self.send_what_is_there(side)
         } else {
@@ -206,36 +209,40 @@ impl Link {
     /// When something was last heard, now at the latest where unread bytes wait in the socket:
     /// then it is this host that is late, not the peer.
     pub fn heard_us(&self, silent_before_us: u64) -> u64 {
-        let heard = self.heard_us.load(SeqCst);
+        let heard = self.last_heard_us();
         if heard < silent_before_us && matches!(self.sock.peek(&mut [0]), Ok(1..)) {
             return now_us();
         }
         heard
     }
 
-    /// When it was last heard, without a look into the socket.
+    /// When it was last heard on either connection, without a look into the socket.
     pub fn last_heard_us(&self) -> u64 {
-        self.heard_us.load(SeqCst)
+        self.heard_us.load(SeqCst).max(self.lane.heard_us())
     }
 
-    /// When the next sign of life is due.
-    pub fn beat_due_us(&self, every_us: u64) -> u64 {
-        self.spoke_us.load(SeqCst) + every_us
-    }
-
-    /// Sends a sign of life, or more of what waits for the socket. Waits for who works on the
-    /// connection, which runs at the caller's priority until then.
-    pub fn beat(&self, position: Position) {
-        self.spoke_us.store(now_us(), SeqCst);
-        let mut conn = self.conn.lock();
-        let said = match conn.is_blocked() {
-            true => conn.flush().map(drop).map_err(LinkError::from),
-            false => say_position(&mut conn, position).and_then(|()| Ok(conn.flush().map(drop)?)),
-        };
-        self.count_sent(&mut conn);
-        drop(conn);
+    /// For the beat thread, which never waits here: speaks where nothing was said for `every_us`,
+    /// on both connections, and hears what the peer says on the second.
+    pub fn beat(&self, position: Position, every_us: u64) {
+        let mut said = self.lane.exchange(position, every_us);
+        // Data connections too: the position frees the peer's memory. Who works on it speaks itself.
+        if self.spoke_us.load(SeqCst) + every_us <= now_us()
+            && let Some(mut conn) = try_lock(&self.conn)
+        {
+            self.spoke_us.store(now_us(), SeqCst);
+            let done = match conn.is_blocked() {
+                true => conn.flush().map(drop).map_err(LinkError::from),
+                false => {
+                    say_position(&mut conn, position).and_then(|()| Ok(conn.flush().map(drop)?))
+                }
+            };
+            self.count_sent(&mut conn);
+            said = said.and(done);
+        }
         if let Err(why) = said {
             self.close(&why.to_string());
+            // At once: the beat thread polls this socket, and it stays readable.
+            self.lane.close();
         }
     }
 
@@ -255,6 +262,7 @@ impl Link {
             Err(e) => e,
         };
         let _ = self.sock.shutdown(Shutdown::Both);
+        self.lane.close();
         match lock(&self.closed).take() {
             Some(why) => LinkError::Closed(why),
             None => error,
@@ -264,7 +272,7 @@ impl Link {
     fn work(&self, side: &dyn Side) -> Result<std::convert::Infallible, LinkError> {
         let mut told = Position::default();
         let mut tell = true;
-        let early = self.conn.lock().take_early();
+        let early = lock(&self.conn).take_early();
         side.deliver(self.index, self.gen_id, early)?;
         loop {
             let blocked = self.send(side, &mut told, tell)?;
@@ -283,7 +291,7 @@ impl Link {
     /// Sends what there is to send. True when the socket is full.
     fn send(&self, side: &dyn Side, told: &mut Position, tell: bool) -> Result<bool, LinkError> {
         let position = Some(side.position()).filter(|p| tell && p != told);
-        let mut conn = self.conn.lock();
+        let mut conn = lock(&self.conn);
         if let Some(position) = position {
             say_position(&mut conn, position)?;
             *told = position;
@@ -304,7 +312,7 @@ impl Link {
             // Taken before the connection is locked: who holds that lock must not wait for the
             // stream's, which lends no priority.
             let frames = side.take(self.index, self.gen_id, FILL_BYTES);
-            let mut conn = self.conn.lock();
+            let mut conn = lock(&self.conn);
             for out in &frames {
                 conn.queue(&out.frame, out.seq)?;
             }
@@ -358,7 +366,7 @@ impl Link {
         let mut bytes = 0;
         for _ in 0..READS {
             let mut frames = Vec::new();
-            let read = self.conn.lock().read(&mut frames);
+            let read = lock(&self.conn).read(&mut frames);
             // What came whole before an error counts.
             let n = read.as_ref().copied().unwrap_or(0);
             if n > 0 {

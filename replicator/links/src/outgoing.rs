@@ -13,7 +13,7 @@ use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, take_some, t
 use crate::tls::{ALPN_DATA, TlsSetupError, Trust, client_config};
 use havm_wire::back::Back;
 use havm_wire::frame::Frame;
-use havm_wire::hello::{LinkFrame, Position, StreamHello};
+use havm_wire::hello::{Lane, LinkFrame, Position, StreamHello};
 use havm_wire::raw::{Encoded, RawFrame};
 use havm_wire::receiver::Reorder;
 use havm_wire::sender::{Outbound, StripeSender};
@@ -102,6 +102,13 @@ struct State {
     turn: usize,
 }
 
+/// What a standby says that takes the stream.
+struct Welcomed {
+    position: Position,
+    window_bytes: u64,
+    session: [u8; 16],
+}
+
 struct Hub {
     spec: OutgoingSpec,
     tls: Arc<ClientConfig>,
@@ -159,7 +166,7 @@ impl Outgoing {
             room: Condvar::new(),
             news: Condvar::new(),
             closed: AtomicBool::new(false),
-            stop: Stop::default(),
+            stop: Stop::new()?,
             tell: AtomicBool::new(false),
             heard_us: AtomicU64::new(0),
             counters: (0..n).map(|_| Arc::default()).collect(),
@@ -403,29 +410,39 @@ impl Hub {
         }
     }
 
-    fn connect_link(&self, index: usize) -> Result<Arc<Link>, LinkError> {
+    /// Connects and says hello; the connection, and where the standby stands.
+    fn greet(&self, index: usize, lane: Lane) -> Result<(Conn, Welcomed), LinkError> {
         let timeout = self.spec.timers.connect_timeout;
         let deadline = Instant::now() + timeout;
         let (from, to) = self.spec.links[index];
         let mut conn = Conn::client(connect_socket(from, to, timeout)?, self.tls.clone())?;
         conn.handshake(deadline)?;
         let position = lock(&self.state).rx.position();
+        let hello = self.spec.hello.clone();
         conn.say(
             &LinkFrame::Hello {
-                hello: self.spec.hello.clone(),
+                hello,
                 position,
+                lane,
             },
             deadline,
         )?;
         // The standby's replicator may have to be asked first: it says so by closing, or by an
         // answer later than the socket's own deadline.
         let deadline = Instant::now() + timeout + Duration::from_secs(2);
-        let (position, window, session) = match conn.hear(deadline)? {
+        match conn.hear(deadline)? {
             LinkFrame::Welcome {
                 position,
                 window_bytes,
                 session,
-            } => (position, window_bytes, session),
+            } => Ok((
+                conn,
+                Welcomed {
+                    position,
+                    window_bytes,
+                    session,
+                },
+            )),
             LinkFrame::Refused {
                 version,
                 forever,
@@ -435,18 +452,21 @@ impl Hub {
                     Ok(()) => (forever, why),
                     Err(e) => (true, e.to_string()),
                 };
-                return Err(LinkError::Refused {
+                Err(LinkError::Refused {
                     version,
                     forever,
                     why,
-                });
+                })
             }
-            _ => {
-                return Err(LinkError::StreamBroken(
-                    "the peer did not answer the hello".into(),
-                ));
-            }
-        };
+            _ => Err(LinkError::StreamBroken(
+                "the peer did not answer the hello".into(),
+            )),
+        }
+    }
+
+    fn connect_link(&self, index: usize) -> Result<Arc<Link>, LinkError> {
+        let (conn, welcomed) = self.greet(index, Lane::Data)?;
+        let (beats, _) = self.greet(index, Lane::Beat)?;
         let mut state = lock(&self.state);
         if self.closed.load(SeqCst) {
             return Err(LinkError::Closed("closed on this side".into()));
@@ -454,11 +474,12 @@ impl Hub {
         let gen_id = state.next_gen;
         state.next_gen += 1;
         let link = Link::new(index, gen_id, conn, self.counters[index].clone())?;
+        link.lane.attach(beats)?;
         state
             .tx
-            .link_up(session, position, now_us())
+            .link_up(welcomed.session, welcomed.position, now_us())
             .map_err(|e| LinkError::StreamBroken(e.to_string()))?;
-        let window = usize::try_from(window).unwrap_or(usize::MAX);
+        let window = usize::try_from(welcomed.window_bytes).unwrap_or(usize::MAX);
         state.tx.set_window(self.spec.window_bytes.min(window));
         state.links[index] = Some(link.clone());
         self.heard_us.fetch_max(now_us(), SeqCst);

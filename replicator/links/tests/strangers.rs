@@ -7,7 +7,7 @@ use havm_links::incoming::{Expect, In, Incoming, IncomingSpec};
 use havm_links::outgoing::{OutEvent, Outgoing, OutgoingSpec};
 use havm_links::tls::{ALPN_DATA, Trust, client_config, server_config, server_name};
 use havm_wire::frame::Frame;
-use havm_wire::hello::{LinkFrame, Position, StreamHello};
+use havm_wire::hello::{Lane, LinkFrame, Position, StreamHello};
 use havm_wire::raw::{Encoded, RawFrame, Splitter};
 use havm_wire::version::WIRE_VERSION;
 use rustls::{ClientConnection, ServerConnection, StreamOwned};
@@ -160,6 +160,7 @@ fn another_version_is_told_both_versions() {
     let h = LinkFrame::Hello {
         hello: hello(),
         position: Position::default(),
+        lane: Lane::Data,
     };
     put(&mut s, &h.encode_as_version(WIRE_VERSION + 7).unwrap(), 0);
     let answer = LinkFrame::decode(&get(&mut s).unwrap()).unwrap();
@@ -221,6 +222,7 @@ fn malformed_and_oversize_frames_end_the_connection_only() {
         let h = LinkFrame::Hello {
             hello: hello(),
             position: Position::default(),
+            lane: Lane::Data,
         };
         put(&mut s, &h.encode().unwrap(), 0);
         if let Some(In::NewStream(h)) = incoming.recv(Duration::from_millis(300)) {

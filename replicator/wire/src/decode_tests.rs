@@ -1,6 +1,6 @@
 use super::*;
 use crate::back::Back;
-use crate::hello::{LinkFrame, Position, StreamHello};
+use crate::hello::{Lane, LinkFrame, Position, StreamHello};
 use crate::raw::{Encoded, Splitter};
 use havm_core::ids::EpochId;
 use proptest::prelude::*;
@@ -162,6 +162,7 @@ fn link_samples() -> Vec<LinkFrame> {
                 peer_life: LifeId([3; 16]),
             },
             position,
+            lane: Lane::Beat,
         },
         LinkFrame::Welcome {
             position,

@@ -39,6 +39,16 @@ pub struct Position {
     pub consumed: u64,
 }
 
+/// What a connection of a link is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// It carries the stream.
+    Data,
+    /// It carries signs of life only ([`LinkFrame::Position`]): those must wait neither behind data
+    /// nor for the threads that work on data.
+    Beat,
+}
+
 /// A message of one link.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LinkFrame {
@@ -48,6 +58,8 @@ pub enum LinkFrame {
         hello: StreamHello,
         /// Where it stands in the standby's messages.
         position: Position,
+        /// What the connection is for.
+        lane: Lane,
     },
     /// The link carries the stream from here on.
     Welcome {
@@ -98,7 +110,11 @@ impl LinkFrame {
     fn encode_as(&self, my_version: u32) -> Result<Encoded, TooLarge> {
         let mut b = Vec::new();
         let kind = match self {
-            LinkFrame::Hello { hello, position } => {
+            LinkFrame::Hello {
+                hello,
+                position,
+                lane,
+            } => {
                 b.extend_from_slice(&MAGIC);
                 b.u32(my_version);
                 b.text(hello.guest.as_str(), MAX_NAME_BYTES);
@@ -107,6 +123,10 @@ impl LinkFrame {
                 b.extend_from_slice(&hello.my_life.0);
                 b.extend_from_slice(&hello.peer_life.0);
                 put_position(&mut b, position);
+                b.u8(match lane {
+                    Lane::Data => 0,
+                    Lane::Beat => 1,
+                });
                 kind::HELLO
             }
             LinkFrame::Welcome {
@@ -163,6 +183,11 @@ impl LinkFrame {
                         peer_life: LifeId(g.array()?),
                     },
                     position: get_position(&mut g)?,
+                    lane: match g.u8()? {
+                        0 => Lane::Data,
+                        1 => Lane::Beat,
+                        n => return Err(g.bad(format!("unknown lane {n}")).into()),
+                    },
                 }
             }
             kind::WELCOME => LinkFrame::Welcome {
