@@ -186,6 +186,14 @@ fn nothing_protected_yet() {
     assert!(status::text(&host(vec![]), None).contains("havm protect GUEST"));
 }
 
+/// What a monitoring system reads, pinned.
+#[test]
+fn metrics_of_a_pair() {
+    let exposed = guest("db", Safety::Exposed, "the guest runs here alone");
+    let h = host(vec![guest("web", Safety::Safe, "fine"), exposed]);
+    insta::assert_snapshot!(havm_daemon::render::metrics::text(&h));
+}
+
 /// One event, one line.
 #[test]
 fn an_event_is_one_line() {

@@ -102,6 +102,8 @@ pub enum Command {
         #[arg(long, short = 'n', default_value_t = 50)]
         last: usize,
     },
+    /// The status as Prometheus text.
+    Metrics,
     /// What this host has and lacks.
     Check,
     /// Make this node and the other one known to each other, or enrol both at a witness.
@@ -200,6 +202,7 @@ pub fn run(cli: Cli) -> Exit {
             follow,
             last,
         } => events::run(&daemon, guest, json, follow, last),
+        Command::Metrics => status::metrics(&daemon),
         Command::Check => check::run(&cli.config),
         Command::Pair(args) => pair::run(args, &cli.config),
         Command::Witness(args) => pair::witness(args),

@@ -47,6 +47,17 @@ pub fn run(daemon: &Daemon, guest: Option<&GuestName>, json: bool, watch: bool) 
     }
 }
 
+/// `havm metrics`.
+pub fn metrics(daemon: &Daemon) -> Exit {
+    match daemon.status() {
+        Ok(h) => {
+            crate::cli::say(crate::render::metrics::text(&h).trim_end());
+            Exit::Ok
+        }
+        Err(t) => t.print(),
+    }
+}
+
 fn json_of(h: &HostStatus, guest: Option<&GuestName>) -> String {
     let mut h = h.clone();
     h.status
