@@ -228,3 +228,57 @@ fn active_extents_cost_no_flush() {
     );
     assert_eq!(disk.counters().log_writes, 1);
 }
+
+// An extent that makes room in the log stays known unless its last write is acked, durable at the
+// peer *and* flushed here; and so does one whose block only rides in an epoch as resync.
+#[test]
+fn eviction_keeps_what_is_not_settled() {
+    const EXTENT: u64 = 1 << 20;
+    let block = |extent: u32| extent * 16;
+    for (what, acked, durable, flushed, kept) in [
+        ("not acked", false, true, true, true),
+        ("acked, not durable at the peer", true, false, true, true),
+        ("not flushed here", true, true, false, true),
+        ("settled", true, true, true, false),
+    ] {
+        for by_resync in [false, true] {
+            let m = Machine::new(SIZE);
+            let disk = Disk::create_stores(&config(), m.stores(), false).unwrap();
+            disk.go_solo().unwrap();
+            // With four extents the log is full.
+            let fill = || {
+                for e in 0..4 {
+                    disk.write(e * EXTENT, &mut vec![1; 512], false).unwrap();
+                }
+            };
+            if by_resync {
+                fill();
+            }
+            disk.begin_tracking(StreamId([1; 16]), EpochNo(1)).unwrap();
+            if by_resync {
+                disk.synced(&[0, 1, 2, 3].map(block), EpochNo(1)).unwrap();
+            } else {
+                fill();
+            }
+            drop(disk.barrier().unwrap());
+            if flushed {
+                disk.flush().unwrap();
+            }
+            if acked {
+                disk.acked(EpochNo(1));
+            }
+            if durable {
+                disk.peer_durable(EpochNo(1));
+            }
+            // A fifth extent needs room.
+            disk.write(4 * EXTENT, &mut vec![1; 512], false).unwrap();
+            let after = m.crashed(m.world.now(), Crash::Kill, &mut Rng(1));
+            let known = Disk::open_stores(&config(), after.stores(), None)
+                .unwrap()
+                .out_of_sync();
+            let all = (0..5).all(|e| known.contains(block(e)));
+            assert_eq!(all, kept, "{what}, by resync: {by_resync}");
+            assert!(known.contains(block(4)));
+        }
+    }
+}
