@@ -375,6 +375,10 @@ impl Engine {
             self.go_on(term, resume);
         } else if standby {
             self.drop_copy();
+        } else if self.intent() == Intent::Stopped && self.life.is_none() {
+            // A stopped guest's primary: no stream is left, and the peer must hear of the term.
+            self.link = Link::Idle;
+            self.say_hello();
         }
         let why = match source {
             Source::Witness => "by the witness's grant",

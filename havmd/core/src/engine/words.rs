@@ -244,6 +244,9 @@ impl Engine {
                     self.peer_of_lost_primary(rec, role, t, term);
                 } else if standby && t.life != self.peer_life() {
                     self.standby_says_lost();
+                } else if role == Role::Protected && self.stranded(rec, t, term) {
+                    self.drop_copy();
+                    self.yield_primary();
                 } else if role == Role::Protected {
                     // One of us handed over, and one lost its copy: it has to hear how I stand.
                     self.hello_back();
@@ -267,6 +270,14 @@ impl Engine {
             Some(_) => {}
             None => self.doubt = Some(self.now),
         }
+    }
+
+    /// A taker that was not promoted yet, and the old primary that would name the ports has lost
+    /// its copy meanwhile.
+    fn stranded(&self, rec: &Record, t: Target, term: Term) -> bool {
+        let unpromoted = self.waiting && !self.promoting && self.promote_due.is_none();
+        let handed = t.term < rec.basis && term == rec.basis && t.life != self.peer_life();
+        unpromoted && handed && rec.status == RoleStatus::Active
     }
 
     /// Rule 11: a protected primary without its guest gives way to a warm standby; any other
