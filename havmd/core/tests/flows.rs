@@ -527,7 +527,7 @@ fn intended_stop() {
         None,
     );
     n.on(Event::GuestKilled);
-    assert_eq!(n.on(given), ["persist Solo 2/2"]);
+    assert_eq!(n.on(given), ["persist Solo 2/2", "say Hello"]);
     assert_eq!(n.engine.status().safety, Safety::Stopped);
     n.on(Event::ReplicatorLost);
     assert_eq!(
