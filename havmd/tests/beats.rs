@@ -1,9 +1,10 @@
-//! Heartbeats over loopback: two nodes, two links, noise, silence, restarts.
+//! Heartbeats over loopback: two nodes, two links, noise, silence, restarts. Two minutes under load, with
+//! what detection takes then, are a measurement of `havm-bench`.
 
 use havm_core::detector::DetectorSettings;
 use havm_core::event::Peer;
 use havm_core::ids::NodeId;
-use havm_daemon::beats::{BeatEvent, BeatLink, BeatSettings, Beats, FLAG_READY, monotonic};
+use havm_daemon::beats::{BeatEvent, BeatLink, BeatSettings, Beats, FLAG_READY};
 use havm_daemon::identity_store::PairKey;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::mpsc::{Receiver, channel};
@@ -47,15 +48,6 @@ fn links(test: u8) -> (Vec<BeatLink>, Vec<BeatLink>) {
 }
 
 fn start(me: u8, links: &[BeatLink], key: [u8; 32]) -> (Beats, Receiver<BeatEvent>) {
-    start_with(me, links, key, LOST)
-}
-
-fn start_with(
-    me: u8,
-    links: &[BeatLink],
-    key: [u8; 32],
-    lost: Duration,
-) -> (Beats, Receiver<BeatEvent>) {
     let (tx, rx) = channel();
     let settings = BeatSettings {
         node: NodeId([me; 16]),
@@ -64,8 +56,8 @@ fn start_with(
         links: links.to_vec(),
         detector: DetectorSettings {
             interval: Duration::from_millis(10),
-            suspect_after: lost / 2,
-            lost_after: lost,
+            suspect_after: LOST / 2,
+            lost_after: LOST,
         },
     };
     let beats = Beats::start(settings, move |e| {
@@ -198,68 +190,4 @@ fn a_recording_does_not_revive_the_dead() {
     }
     assert!(recording.len() > 20);
     assert_eq!(ra.try_iter().find(|e| verdict(Peer::Alive)(e)), None);
-}
-
-/// The default detection (10 ms beats, lost after 120 ms) while every core is busy: no false alarm
-/// in two minutes, and a loss noticed in time. Prints its figures:
-/// `cargo test -p havm-daemon --test beats -- --ignored --nocapture`
-#[test]
-#[ignore = "takes two minutes of busy cores"]
-fn no_false_alarm_under_load_and_a_loss_is_noticed_in_time() {
-    const LOOK: Duration = Duration::from_secs(120);
-    let default = Duration::from_millis(120);
-    let (la, lb) = links(4);
-    let (a, ra) = start_with(1, &la, KEY, default);
-    let (b, rb) = start_with(2, &lb, KEY, default);
-    wait(&ra, verdict(Peer::Alive));
-    wait(&rb, verdict(Peer::Alive));
-    let end = Instant::now() + LOOK + Duration::from_secs(2);
-    let busy: Vec<_> = (0..4)
-        .map(|_| std::thread::spawn(move || while Instant::now() < end {}))
-        .collect();
-    std::thread::sleep(LOOK);
-    println!("both nodes' four threads took {:?} of CPU", cpu_of_beats());
-    for (n, r) in [(&a, &ra), (&b, &rb)] {
-        let s = n.snapshot();
-        println!(
-            "{:?}, latest send {:?}, {:?}",
-            s.scheduling, s.latest_send, s.links
-        );
-        let alarms: Vec<_> = r
-            .try_iter()
-            .filter(|e| matches!(e, BeatEvent::Verdict { .. }))
-            .collect();
-        assert!(alarms.is_empty(), "{alarms:?}");
-    }
-    let gone = monotonic();
-    drop(b);
-    let BeatEvent::Verdict { at, .. } = wait(&ra, verdict(Peer::Lost)) else {
-        panic!("not a verdict")
-    };
-    println!("the loss was noticed after {:?}", at - gone);
-    assert!(at - gone < Duration::from_millis(150));
-    for t in busy {
-        t.join().expect("a busy loop");
-    }
-}
-
-/// CPU time of the beat threads of this process, from /proc (ticks of 10 ms).
-fn cpu_of_beats() -> Duration {
-    let mut ticks = 0;
-    for task in std::fs::read_dir("/proc/self/task")
-        .expect("/proc")
-        .flatten()
-    {
-        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        if let Some((_, rest)) = stat.split_once("(havm-beat-")
-            && let Some((_, rest)) = rest.split_once(") ")
-        {
-            let fields: Vec<&str> = rest.split(' ').collect();
-            ticks += [11, 12]
-                .iter()
-                .filter_map(|i| fields.get(*i)?.parse::<u64>().ok())
-                .sum::<u64>();
-        }
-    }
-    Duration::from_millis(ticks * 10)
 }
