@@ -7,7 +7,7 @@ BIN := target/release
 .PHONY: demo test unit e2e bench lint fmt sim deps build guest lab-up lab-down clean
 
 demo: guest
-	$(BIN)/havm-e2e demo --report target/demo/report.json
+	scripts/on-lab.sh havm-demo $(BIN)/havm-e2e demo --report target/demo/report.json
 
 test:
 	scripts/test.sh
@@ -16,7 +16,7 @@ unit: deps
 	$(CARGO) test --release --workspace --no-fail-fast
 
 e2e: guest
-	$(BIN)/havm-e2e run $(ONLY)
+	scripts/on-lab.sh havm-e2e $(BIN)/havm-e2e run $(ONLY)
 
 bench: guest
 	$(BIN)/havm-bench --report target/bench/report.json

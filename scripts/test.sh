@@ -14,4 +14,4 @@ step 'guest image'
 cargo build --release --workspace --bins || exit 1
 target/release/lab guest-image || exit 1
 step 'end to end, on the lab'
-exec target/release/havm-e2e run
+exec scripts/on-lab.sh havm-e2e target/release/havm-e2e run

@@ -25,7 +25,9 @@ use std::time::Duration;
 const SHUTDOWN: Duration = Duration::from_secs(90);
 /// How long the peer may take for a step.
 const PEER: Duration = Duration::from_secs(60);
-/// How long the witness may.
+/// How long the peer may take to tell its config: nothing is done before.
+const AGREEMENT: Duration = Duration::from_secs(5);
+/// How long the witness may take.
 const WITNESS: Duration = Duration::from_secs(3);
 
 /// What `protect` was asked for.
@@ -210,7 +212,13 @@ impl Shared {
 
     /// Both configs must say the same.
     pub async fn agree(&self) -> Result<(), String> {
-        match self.ask_peer(&Ask::Agreement, PEER).await? {
+        let asked = self.ask_peer(&Ask::Agreement, AGREEMENT).await.map_err(|e| {
+            format!(
+                "{} does not answer: is it on, does havmd run there, and do the links carry heartbeats (`havm status`)? ({e})",
+                self.config.peer.name
+            )
+        })?;
+        match asked {
             Told::Agreement { agreement } => {
                 let differences = self.config.agreement().differences(&agreement);
                 if differences.is_empty() {

@@ -243,7 +243,11 @@ impl Pair {
     /// They differ, or could not be compared.
     pub fn verify(&self, host: Host, name: &str) -> Result<()> {
         let said = self.havm_ok(host, &["verify", name, "--json"])?;
-        tell(format!("both copies of {name} compared: {}", said.trim()));
+        let v: serde_json::Value = serde_json::from_str(&said).context("verify --json")?;
+        tell(format!(
+            "  both copies of {name} are equal: {} pages, {} disk blocks",
+            v["ram_pages"], v["disk_blocks"]
+        ));
         Ok(())
     }
 

@@ -36,7 +36,10 @@ pub fn primary_frozen(s: &Stage) -> Result<()> {
         s.pair.lab.freeze(Alpha)?;
         s.pair.wait_runs("web", Beta)?;
         std::thread::sleep(Duration::from_secs(5));
+        let beta = s.term(Beta)?;
         s.pair.lab.thaw(Alpha)?;
+        // What it says before it has heard of the new term is old.
+        until("alpha to hear of the new term", LONG, || Ok((s.term(Alpha)? >= beta).then_some(())))?;
         s.protected_at(Alpha)
     })?;
     s.pair.verify(Alpha, "web")
