@@ -7,13 +7,14 @@
 //! Only the pinned peer gets as far as a hello. A hello that is offered waits; the peer tries again
 //! when it is not answered in time, so [`Incoming::accept`] may come late.
 
-use crate::beat::{self, Beating, Look, Stop, Timers};
+mod spec;
+
+use crate::beat::{self, Beating, Look, Stop};
 use crate::conn::{Conn, LinkError};
-use crate::identity::{Fingerprint, Identity};
 use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, take_some, try_lock};
-use crate::listen::{self, ListenError};
-use crate::tls::{ALPN_DATA, TlsSetupError, Trust, server_config};
-use havm_core::ids::{GuestName, LifeId, StreamId, Term};
+use crate::listen::{self};
+use crate::tls::{ALPN_DATA, Trust, server_config};
+use havm_core::ids::StreamId;
 use havm_wire::back::Back;
 use havm_wire::hello::{Lane, LinkFrame, Position, StreamHello};
 use havm_wire::raw::RawFrame;
@@ -21,10 +22,10 @@ use havm_wire::receiver::Reorder;
 use havm_wire::sender::{Outbound, Repeater};
 use havm_wire::version::WIRE_VERSION;
 use rustls::ServerConfig;
+pub use spec::{Expect, In, IncomingError, IncomingSpec, ReplyError};
 use std::collections::VecDeque;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::ops::RangeInclusive;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,85 +40,6 @@ const TELL_BYTES: usize = 256 << 10;
 const MAX_REFUSED: usize = 16;
 /// Events that wait for their consumer; beyond, the oldest are dropped.
 const MAX_EVENTS: usize = 1024;
-
-/// Which stream may come. A field that is given must be equal, else the peer is refused for good.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Expect {
-    /// The guest.
-    pub guest: GuestName,
-    /// The term.
-    pub term: Option<Term>,
-    /// The life of this copy.
-    pub my_life: Option<LifeId>,
-    /// The primary's life.
-    pub peer_life: Option<LifeId>,
-}
-
-/// Where to listen, and for whom.
-#[derive(Debug, Clone)]
-pub struct IncomingSpec {
-    /// Who we are.
-    pub identity: Identity,
-    /// Who the peer is.
-    pub peer: Fingerprint,
-    /// One address a link.
-    pub bind: Vec<IpAddr>,
-    /// Ports to choose from; `0..=0` lets the system choose.
-    pub ports: RangeInclusive<u16>,
-    /// What may come.
-    pub expect: Expect,
-    /// Bytes received that wait for [`Incoming::recv`].
-    pub window_bytes: usize,
-    /// Timers.
-    pub timers: Timers,
-}
-
-/// What comes in.
-#[derive(Debug)]
-pub enum In {
-    /// The next frame of the stream, in order.
-    Frame(RawFrame),
-    /// The peer wants to send this stream: [`Incoming::accept`] or [`Incoming::refuse`] it.
-    NewStream(StreamHello),
-    /// A link carries the stream.
-    LinkUp(usize),
-    /// It does no more.
-    LinkDown(usize, String),
-    /// Nothing was heard from the peer over any link for `silent_after`.
-    Silent,
-    /// Something was heard (again).
-    Alive,
-    /// The stream broke the rules and is over.
-    Broken(String),
-}
-
-/// Why there is no listener.
-#[derive(Debug, thiserror::Error)]
-pub enum IncomingError {
-    /// TLS.
-    #[error(transparent)]
-    Tls(#[from] TlsSetupError),
-    /// Ports.
-    #[error(transparent)]
-    Listen(#[from] ListenError),
-    /// Threads.
-    #[error("cannot start the threads of the listener: {0}")]
-    Thread(#[from] io::Error),
-}
-
-/// Why a message was not queued.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ReplyError {
-    /// No stream.
-    #[error("no stream is being received")]
-    NoStream,
-    /// The primary takes nothing.
-    #[error("the primary takes no more messages: {0}")]
-    Full(String),
-    /// Over the bounds.
-    #[error(transparent)]
-    TooLarge(#[from] havm_wire::raw::TooLarge),
-}
 
 struct Session {
     hello: StreamHello,

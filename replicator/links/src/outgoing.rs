@@ -6,24 +6,24 @@
 //! ```
 //! [`Outgoing::send`] queues a frame and returns; it blocks only while the window is full.
 
-use crate::beat::{self, Beating, Look, Stop, Timers};
+mod socket;
+mod spec;
+
+use crate::beat::{self, Beating, Look, Stop};
 use crate::conn::{Conn, LinkError};
-use crate::identity::{Fingerprint, Identity};
 use crate::link::{Counters, Link, LinkCounters, Side, lock, now_us, take_some, try_lock};
-use crate::tls::{ALPN_DATA, TlsSetupError, Trust, client_config};
+use crate::tls::{ALPN_DATA, Trust, client_config};
 use havm_wire::back::Back;
 use havm_wire::frame::Frame;
-use havm_wire::hello::{Lane, LinkFrame, Position, StreamHello};
+use havm_wire::hello::{Lane, LinkFrame, Position};
 use havm_wire::raw::{Encoded, RawFrame};
 use havm_wire::receiver::Reorder;
 use havm_wire::sender::{Outbound, StripeSender};
 use havm_wire::version;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rustls::ClientConfig;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket::connect_socket;
+pub use spec::{OutEvent, OutgoingError, OutgoingSpec, SendError};
 use std::collections::VecDeque;
-use std::io;
-use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -41,55 +41,6 @@ const SMALL_BYTES: usize = 4096;
 const MAX_TOLD: usize = 8;
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_LAST: Duration = Duration::from_millis(500);
-
-/// What to connect to, and how.
-#[derive(Debug, Clone)]
-pub struct OutgoingSpec {
-    /// Who we are.
-    pub identity: Identity,
-    /// Who the peer is.
-    pub peer: Fingerprint,
-    /// One entry a link: our address on it (where it must be that one), the peer's port.
-    pub links: Vec<(Option<IpAddr>, SocketAddr)>,
-    /// Which stream.
-    pub hello: StreamHello,
-    /// Bytes that may be on their way, not yet taken by the standby's consumer. The standby's own
-    /// bound counts where it is smaller.
-    pub window_bytes: usize,
-    /// Timers.
-    pub timers: Timers,
-}
-
-/// What happens on the way.
-#[derive(Debug)]
-pub enum OutEvent {
-    /// A link carries the stream.
-    LinkUp(usize),
-    /// A link failed, or could not be connected (told once per reason).
-    LinkDown(usize, String),
-    /// A message of the standby, in its order.
-    Back(Back),
-    /// Nothing was heard from the peer over any link for `silent_after`.
-    Silent,
-    /// Something was heard (again).
-    Alive,
-    /// The stream is over; it needs a new one.
-    Broken(String),
-}
-
-/// Why a frame was not queued.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum SendError {
-    /// The stream is broken.
-    #[error("the stream to the standby is broken: {0}")]
-    Broken(String),
-    /// It was closed, or the sender asked to be let go.
-    #[error("the stream to the standby was closed on this side")]
-    Closed,
-    /// The window stayed full.
-    #[error("the standby took nothing for {0:?}: its window is full")]
-    TimedOut(Duration),
-}
 
 struct State {
     tx: StripeSender,
@@ -126,20 +77,6 @@ struct Hub {
 /// A stream to the standby.
 pub struct Outgoing {
     hub: Arc<Hub>,
-}
-
-/// Why no stream could be set up.
-#[derive(Debug, thiserror::Error)]
-pub enum OutgoingError {
-    /// TLS.
-    #[error(transparent)]
-    Tls(#[from] TlsSetupError),
-    /// Threads.
-    #[error("cannot start the threads of the stream: {0}")]
-    Thread(#[from] io::Error),
-    /// No link.
-    #[error("the standby named no address to stream to")]
-    NoLinks,
 }
 
 impl Outgoing {
@@ -583,33 +520,4 @@ impl Beating for Hub {
         });
         self.news.notify_all();
     }
-}
-
-/// Connects, from a given local address where one is named.
-fn connect_socket(
-    from: Option<IpAddr>,
-    to: SocketAddr,
-    timeout: Duration,
-) -> Result<TcpStream, LinkError> {
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
-    if let Some(ip) = from {
-        socket.bind(&SocketAddr::new(ip, 0).into())?;
-    }
-    socket.set_nonblocking(true)?;
-    match socket.connect(&to.into()) {
-        Ok(()) => {}
-        Err(e) if e.raw_os_error() == Some(nix::errno::Errno::EINPROGRESS as i32) => {
-            let ms = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
-            match poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], ms) {
-                Ok(0) => return Err(LinkError::Timeout(timeout)),
-                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => return Err(io::Error::from(e).into()),
-            }
-            if let Some(e) = socket.take_error()? {
-                return Err(e.into());
-            }
-        }
-        Err(e) => return Err(e.into()),
-    }
-    Ok(socket.into())
 }
