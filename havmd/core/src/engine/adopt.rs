@@ -217,6 +217,8 @@ impl Engine {
                     peer_life: lives.peer,
                 });
                 self.moving = Move::Holding;
+                self.timers
+                    .set(Timer::Hand, self.now + super::hand::MOVE_PATIENCE);
             }
             (Mode::Receiving, true) => self.order(Order::ConfirmEligible { term: rec.term }),
             (Mode::Eligible, true) => {}

@@ -14,6 +14,10 @@ use crate::message::{Body, Envelope};
 use crate::order::PromoteAs;
 use std::net::SocketAddr;
 
+/// How long the image of an old primary may take into a waiting QEMU. QEMU's start is its bulk
+/// (0.35 s measured, more on a busy host); until then the standby cannot be promoted.
+pub(super) const MOVE_PATIENCE: Duration = Duration::from_secs(30);
+
 impl Engine {
     /// Whether the guest could be moved now; the text says why not.
     pub(super) fn may_move(&self) -> Result<(), &'static str> {
@@ -101,6 +105,9 @@ impl Engine {
 
     /// No Conf: words first, and the arbiter, for the term after the one that was handed over.
     pub(super) fn on_hand_timer(&mut self) {
+        if self.moving != Move::No {
+            return self.copy_failed("the image did not get into a waiting QEMU in time");
+        }
         if !self.is(Role::Protected, RoleStatus::Handing) || !self.warm() {
             return;
         }
@@ -269,6 +276,7 @@ impl Engine {
         self.sealed = false;
         self.stream = Stream::None;
         self.moving = Move::Holding;
+        self.timers.set(Timer::Hand, self.now + MOVE_PATIENCE);
         self.failback.succeeded();
         self.order(Order::BecomeStandby {
             term,

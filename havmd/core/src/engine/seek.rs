@@ -288,6 +288,17 @@ impl Engine {
         self.open = false;
         self.refused = true;
         self.timers.stop(Timer::Arbiter);
+        if rec.status == RoleStatus::Handing && self.warm() {
+            // It stands still already, and may still be confirmed: it keeps the state of the
+            // handover.
+            self.hand_due = false;
+            self.notice(
+                NoticeKind::Frozen,
+                Severity::Alarm,
+                "the arbiter gave the next term to the peer: the guest stands still here, its copy is kept until the peer is heard",
+            );
+            return;
+        }
         let warm_primary = rec.role == Role::Protected && self.warm();
         if warm_primary && !self.frozen {
             self.frozen = true;
@@ -361,6 +372,10 @@ impl Engine {
         // The taker of a handover whose image does not run yet.
         let unpromoted = old.role == Role::Protected && self.warm_before(&old) && self.waiting;
         self.forget_term();
+        if self.moving != Move::No {
+            self.timers
+                .set(Timer::Hand, self.now + super::hand::MOVE_PATIENCE);
+        }
         self.stream = Stream::None;
         self.failback.protected(self.now, false);
         if image || unpromoted {

@@ -272,12 +272,16 @@ impl Engine {
         }
     }
 
+    /// The image waits, and nothing was ordered to be done with it.
+    fn unpromoted(&self) -> bool {
+        self.waiting && !self.promoting && self.promote_due.is_none()
+    }
+
     /// A taker that was not promoted yet, and the old primary that would name the ports has lost
     /// its copy meanwhile.
     fn stranded(&self, rec: &Record, t: Target, term: Term) -> bool {
-        let unpromoted = self.waiting && !self.promoting && self.promote_due.is_none();
         let handed = t.term < rec.basis && term == rec.basis && t.life != self.peer_life();
-        unpromoted && handed && rec.status == RoleStatus::Active
+        self.unpromoted() && handed && rec.status == RoleStatus::Active
     }
 
     /// Rule 11: a protected primary without its guest gives way to a warm standby; any other
@@ -405,6 +409,13 @@ impl Engine {
                 }
             }
             _ if rec.status == RoleStatus::Yielded => self.send_yield(),
+            // The old primary of my handover wants it back, and can not name the ports any more.
+            (Role::Protected, RoleStatus::Active)
+                if self.unpromoted() && basis < rec.basis && asker == rec.basis =>
+            {
+                self.drop_copy();
+                self.yield_primary();
+            }
             (Role::Solo | Role::Protected, _) if self.active() => self.hello_back(),
             _ => {}
         }
