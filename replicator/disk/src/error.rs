@@ -10,7 +10,8 @@ pub enum MetaError {
     /// There is none yet.
     #[error("no disk metadata at {0}; create it (every block is then compared with the peer)")]
     Missing(PathBuf),
-    /// Neither superblock copy, or a part that it points to, is intact.
+    /// Neither superblock copy, or a part that it points to (log, journal), is intact. A lost
+    /// journal may have held committed epochs: the copy's life has ended.
     #[error(
         "disk metadata {path} is damaged ({what}); move it away and let havm make it anew (every block is then compared with the peer)"
     )]
@@ -123,12 +124,6 @@ pub enum DiskError {
         "the disk failed earlier ({0}); nothing is promised to be durable, replace the disk or reopen it"
     )]
     Failed(String),
-    /// The journal is missing, damaged or foreign: committed epochs may be gone with it, so this
-    /// copy's life has ended. Create fresh metadata; every block is then compared.
-    #[error(
-        "the disk journal cannot be used: {0}; this copy must be compared in full (fresh metadata)"
-    )]
-    JournalLost(String),
     /// Bytes from the peer that are not a valid message.
     #[error("damaged data from the peer: {0}")]
     BadWire(&'static str),
@@ -154,6 +149,18 @@ impl DiskError {
             _ => libc::EIO,
         };
         n as u32
+    }
+}
+
+impl MetaError {
+    /// The journal is missing, damaged or foreign: committed epochs may be gone with it.
+    pub(crate) fn journal(meta: &std::path::Path, what: &str) -> DiskError {
+        let what = format!("its journal: {what}");
+        MetaError::Corrupt {
+            path: meta.to_owned(),
+            what,
+        }
+        .into()
     }
 }
 

@@ -69,7 +69,7 @@
 //! | promoted, seal not durable | guest writes are only in the journal, behind the seal | all or nothing of both |
 //! | promoted, journal not empty | guest writes over its blocks are in it too, in order | replay ends with the newest |
 //! | metadata lost, foreign, damaged | [`DiskError::Meta`], image untouched | [`Disk::create`], full compare |
-//! | journal missing, foreign, damaged | [`DiskError::JournalLost`], image untouched | the copy's life has ended; full compare |
+//! | journal missing, foreign, damaged | [`MetaError::Corrupt`], image untouched | the copy's life has ended; [`Disk::create`], full compare |
 //! | fsync failed once | [`Disk::failed`] | every later write and flush is refused: nothing is promised |
 //!
 //! The tests `crash_standby` and `crash_primary` replay thousands of made-up crashes against these.

@@ -406,7 +406,7 @@ fn a_lost_journal_is_an_error() {
     std::fs::write(&j, b"").unwrap();
     assert!(matches!(
         Disk::open(&c, None),
-        Err(DiskError::JournalLost(_))
+        Err(DiskError::Meta(MetaError::Corrupt { .. }))
     ));
     let mut rot = whole;
     rot[50] ^= 1;
@@ -414,12 +414,12 @@ fn a_lost_journal_is_an_error() {
     std::fs::write(&j, &rot).unwrap();
     assert!(matches!(
         Disk::open(&c, None),
-        Err(DiskError::JournalLost(_))
+        Err(DiskError::Meta(MetaError::Corrupt { .. }))
     ));
     std::fs::remove_file(&j).unwrap();
     assert!(matches!(
         Disk::open(&c, None),
-        Err(DiskError::JournalLost(_))
+        Err(DiskError::Meta(MetaError::Corrupt { .. }))
     ));
     assert!(!j.exists());
     drop(Disk::create(&c, true).unwrap());

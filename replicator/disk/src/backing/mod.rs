@@ -240,7 +240,7 @@ impl Backing {
             let (seq, chain) = (g.next_seq, g.chain);
             let r = g.segments[cur].set_head(true, seq, chain);
             g.note(r)?;
-        } else if g.segments[cur].tail >= self.segment_bytes && !g.segments[1 - cur].head.in_use {
+        } else if g.segments[cur].full(self.segment_bytes) && !g.segments[1 - cur].head.in_use {
             let (seq, chain) = (g.next_seq, g.chain);
             let r = g.segments[1 - cur].set_head(true, seq, chain);
             g.note(r)?;
@@ -318,7 +318,7 @@ impl Backing {
                 return Err(DiskError::Sealed);
             }
             let cur = &g.segments[g.current];
-            if cur.tail < self.segment_bytes
+            if !cur.full(self.segment_bytes)
                 || !g.segments[1 - g.current].head.in_use
                 || !g.has_work()
             {

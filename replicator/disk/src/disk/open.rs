@@ -99,10 +99,8 @@ impl Disk {
         let segment = |suffix: &str| -> Result<Arc<dyn Store>> {
             let path = cfg.beside(suffix);
             if !create && !path.exists() {
-                return Err(DiskError::JournalLost(format!(
-                    "{} is missing",
-                    path.display()
-                )));
+                let what = format!("{} is missing", path.display());
+                return Err(MetaError::journal(&cfg.meta, &what));
             }
             Ok(Arc::new(FileStore::open_side(&path, create)?))
         };
@@ -162,6 +160,7 @@ impl Disk {
         let counters = Arc::<Live>::default();
         let journal = Files {
             segments: stores.journal,
+            meta: cfg.meta.clone(),
             disk_id: cfg.disk_id,
             segment_bytes: cfg.segment_bytes.max(1 << 16),
             fresh,

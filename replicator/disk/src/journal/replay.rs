@@ -5,9 +5,10 @@
 
 use super::record::{ENTRY, HEAD, Head, Kind, decode_entry};
 use super::segment::{RECORDS_AT, Segment, SegmentHead};
-use crate::error::{DiskError, Result};
+use crate::error::{DiskError, MetaError, Result};
 use crate::store::Store;
 use havm_core::ids::{EpochNo, StreamId};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 const CHUNK: usize = 1 << 20;
@@ -32,28 +33,33 @@ struct Found {
 
 /// Applies the journal in both segments to the disk and makes that durable. `upto` leaves out
 /// epochs of that stream after that number (staged, but never committed).
-pub(crate) fn replay(
+fn replay(
     disk: &dyn Store,
     size: u64,
-    segments: &[Arc<dyn Store>; 2],
+    files: &Files,
     heads: &[Option<SegmentHead>; 2],
     upto: Option<(StreamId, EpochNo)>,
 ) -> Result<(Replayed, u64)> {
-    let found = scan(segments, heads)?;
+    let found = scan(&files.segments, heads)?;
+    let drops: Vec<Head> = found
+        .iter()
+        .map(|f| f.head)
+        .filter(|h| h.kind == Kind::Drop)
+        .collect();
     let next_seq = found.last().map_or(1, |f| f.head.seq + 1);
     let mut out = Replayed::default();
     for f in &found {
         let dropped = f.head.kind == Kind::Epoch
-            && found.iter().any(|d| {
-                d.head.kind == Kind::Drop && d.head.seq > f.head.seq && d.head.epoch < f.head.seq
-            });
+            && drops
+                .iter()
+                .any(|d| d.seq > f.head.seq && d.epoch < f.head.seq);
         let beyond = upto.is_some_and(|(s, n)| {
             f.head.kind == Kind::Epoch && f.head.stream == s.0 && f.head.epoch > n.0
         });
         if dropped || beyond || f.head.kind == Kind::Drop {
             continue;
         }
-        out.bytes += apply(disk, size, &*segments[f.segment], f)?;
+        out.bytes += apply(disk, size, files, f)?;
         out.records += 1;
         if f.head.kind == Kind::Epoch {
             out.last = Some((StreamId(f.head.stream), EpochNo(f.head.epoch)));
@@ -129,7 +135,8 @@ fn check(seg: &dyn Store, at: u64) -> Result<Option<Head>> {
     Ok((crc.finalize() == head.crc).then_some(head))
 }
 
-fn apply(disk: &dyn Store, size: u64, seg: &dyn Store, f: &Found) -> Result<u64> {
+fn apply(disk: &dyn Store, size: u64, files: &Files, f: &Found) -> Result<u64> {
+    let seg = &*files.segments[f.segment];
     let io = |r: std::io::Result<()>| r.map_err(DiskError::io("replaying the disk journal"));
     let table_at = f.at + HEAD as u64;
     let mut data_at = table_at + u64::from(f.head.entries) * ENTRY as u64;
@@ -142,8 +149,9 @@ fn apply(disk: &dyn Store, size: u64, seg: &dyn Store, f: &Found) -> Result<u64>
             continue;
         };
         if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(DiskError::JournalLost(
-                "it names blocks outside the disk".into(),
+            return Err(MetaError::journal(
+                &files.meta,
+                "it names blocks outside the disk",
             ));
         }
         if zero {
@@ -167,6 +175,8 @@ fn apply(disk: &dyn Store, size: u64, seg: &dyn Store, f: &Found) -> Result<u64>
 #[derive(Debug)]
 pub(crate) struct Files {
     pub(crate) segments: [Arc<dyn Store>; 2],
+    /// The metadata's path, for errors.
+    pub(crate) meta: PathBuf,
     pub(crate) disk_id: [u8; 16],
     /// Bytes to reserve in each.
     pub(crate) segment_bytes: u64,
@@ -181,22 +191,21 @@ pub(crate) fn open(
     files: Files,
     upto: Option<(StreamId, EpochNo)>,
 ) -> Result<([Segment; 2], Replayed, u64)> {
-    let Files {
-        segments,
-        disk_id,
-        segment_bytes,
-        fresh,
-    } = files;
-    let heads = [Segment::read(&segments[0])?, Segment::read(&segments[1])?];
-    if !fresh && heads.iter().any(Option::is_none) {
-        return Err(DiskError::JournalLost(
-            "a segment was never set up, or is emptied".into(),
+    let read = |i: usize| Segment::read(&files.segments[i], &files.meta);
+    let heads = [read(0)?, read(1)?];
+    if !files.fresh && heads.iter().any(Option::is_none) {
+        return Err(MetaError::journal(
+            &files.meta,
+            "a segment was never set up, or is emptied",
         ));
     }
-    if heads.iter().flatten().any(|h| h.disk_id != disk_id) {
-        return Err(DiskError::JournalLost("it belongs to another disk".into()));
+    if heads.iter().flatten().any(|h| h.disk_id != files.disk_id) {
+        return Err(MetaError::journal(
+            &files.meta,
+            "it belongs to another disk",
+        ));
     }
-    let (done, next_seq) = replay(disk, size, &segments, &heads, upto)?;
+    let (done, next_seq) = replay(disk, size, &files, &heads, upto)?;
     let mut next_seq = next_seq;
     for h in heads.iter().flatten() {
         next_seq = next_seq.max(h.first_seq);
@@ -205,7 +214,12 @@ pub(crate) fn open(
     // skip so far that none of them can ever be continued to.
     next_seq = (next_seq | u64::from(u32::MAX)) + 1;
     let io = |r: std::io::Result<()>| r.map_err(DiskError::io("resetting the disk journal"));
-    let [a, b] = segments;
+    let Files {
+        segments: [a, b],
+        disk_id,
+        segment_bytes,
+        ..
+    } = files;
     let make = |store: Arc<dyn Store>, old: Option<SegmentHead>| -> Result<Segment> {
         io(store.reserve(segment_bytes.max(RECORDS_AT)))?;
         let head = old.unwrap_or(SegmentHead {
@@ -219,6 +233,7 @@ pub(crate) fn open(
             store,
             head,
             tail: RECORDS_AT,
+            records: 0,
             writes: 0,
             synced: 0,
         };

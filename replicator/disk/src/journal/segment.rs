@@ -2,8 +2,9 @@
 
 use super::record::{ENTRY, HEAD, Head, encode_entry};
 use crate::epoch::{DiskWrite, WriteOp};
-use crate::error::{DiskError, Result};
+use crate::error::{DiskError, MetaError, Result};
 use crate::store::Store;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Where records begin.
@@ -12,6 +13,7 @@ const HEADER: usize = 512;
 const MAGIC: [u8; 8] = *b"HAVMJRN\x01";
 const VERSION: u32 = 1;
 const CHUNK: usize = 1 << 20;
+const MAX_RECORDS: u32 = 1 << 14;
 
 /// What a segment's header says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +64,7 @@ pub(crate) struct Segment {
     pub(crate) head: SegmentHead,
     /// Where the next record goes.
     pub(crate) tail: u64,
+    pub(crate) records: u32,
     /// Counts writes to the file, and those of them known to be durable.
     pub(crate) writes: u64,
     pub(crate) synced: u64,
@@ -70,7 +73,7 @@ pub(crate) struct Segment {
 impl Segment {
     /// Reads the newer intact header; none for a file that never was a segment. Both copies
     /// damaged in a file that is long enough is an error: its records may have been needed.
-    pub(crate) fn read(store: &Arc<dyn Store>) -> Result<Option<SegmentHead>> {
+    pub(crate) fn read(store: &Arc<dyn Store>, meta: &Path) -> Result<Option<SegmentHead>> {
         let io = |r: std::io::Result<()>| r.map_err(DiskError::io("reading the disk journal"));
         let len = store
             .size()
@@ -91,11 +94,18 @@ impl Segment {
             }
         }
         match best {
-            None if !blank => Err(DiskError::JournalLost(
-                "both headers of a segment are damaged".into(),
+            None if !blank => Err(MetaError::journal(
+                meta,
+                "both headers of a segment are damaged",
             )),
             found => Ok(found),
         }
+    }
+
+    /// Whether the other segment's turn has come. An idle guest's empty epochs fill no segment, but
+    /// a replay would have to walk through them.
+    pub(crate) fn full(&self, segment_bytes: u64) -> bool {
+        self.tail >= segment_bytes || self.records >= MAX_RECORDS
     }
 
     /// Writes the next header; durable after a flush.
@@ -105,6 +115,7 @@ impl Segment {
         self.head.first_seq = first_seq;
         self.head.chain = chain;
         self.tail = RECORDS_AT;
+        self.records = 0;
         self.writes += 1;
         self.store
             .write_at((self.head.generation % 2) * 4096, &self.head.encode())
@@ -164,6 +175,7 @@ impl Segment {
         head.crc = crc.finalize();
         self.store.write_at(self.tail, &head.encode()).map_err(io)?;
         self.tail += HEAD as u64 + head.payload;
+        self.records += 1;
         self.writes += 1;
         Ok(Some(head))
     }

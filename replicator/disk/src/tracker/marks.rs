@@ -33,10 +33,10 @@ impl Tracker {
     }
 
     /// These blocks are equal once `epoch` is durable at the peer: they move from the marks to
-    /// that epoch's list. Only the open epoch or an unsettled one is accepted.
+    /// that epoch's list. An epoch that is not open yet is refused.
     pub(crate) fn synced(&self, blocks: &[u32], epoch: EpochNo) -> Result<()> {
         let mut g = self.lock();
-        if g.mode != Mode::Tracking || epoch.0 > g.open.epoch || epoch.0 <= g.durable {
+        if g.mode != Mode::Tracking || epoch.0 > g.open.epoch {
             return Err(g.wrong("synced"));
         }
         let mut moved = Vec::with_capacity(blocks.len());
@@ -51,7 +51,9 @@ impl Tracker {
                 .touch((u64::from(b) / BLOCKS_PER_EXTENT) as u32, epoch.0);
             moved.push(b);
         }
-        if epoch.0 == g.open.epoch {
+        if epoch.0 <= g.settled().epoch {
+            // Durable there already: nothing is left to wait for.
+        } else if epoch.0 == g.open.epoch {
             g.open.blocks.extend(moved);
         } else {
             g.unsettled_blocks += moved.len();
