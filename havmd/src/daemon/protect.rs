@@ -23,6 +23,10 @@ use std::time::Duration;
 
 /// How long a clean shutdown may take.
 const SHUTDOWN: Duration = Duration::from_secs(90);
+/// Between two looks whether it is off.
+const LOOK: Duration = Duration::from_millis(200);
+/// The power button is pressed every so many looks.
+const PRESS_EVERY_LOOKS: u32 = 25;
 /// How long the peer may take for a step.
 const PEER: Duration = Duration::from_secs(60);
 /// How long the peer may take to tell its config: nothing is done before.
@@ -240,16 +244,20 @@ impl Shared {
             SHUTDOWN.as_secs()
         ))
         .await;
-        self.libvirt.shutdown(guest.as_str()).await.map_err(text)?;
         let end = tokio::time::Instant::now() + SHUTDOWN;
-        while tokio::time::Instant::now() < end {
-            if !matches!(
-                self.libvirt.state(guest.as_str()).await.map_err(text)?,
-                DomState::Up { .. }
-            ) {
+        for look in 0u32.. {
+            // Pressed again and again: a guest that still boots does not see the first one.
+            if look % PRESS_EVERY_LOOKS == 0 {
+                self.libvirt.shutdown(guest.as_str()).await.map_err(text)?;
+            }
+            tokio::time::sleep(LOOK).await;
+            let state = self.libvirt.state(guest.as_str()).await.map_err(text)?;
+            if !matches!(state, DomState::Up { .. }) {
                 return Ok(());
             }
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            if tokio::time::Instant::now() > end {
+                break;
+            }
         }
         Err(format!(
             "guest {guest} did not shut down within {} s (does it listen to ACPI?); shut it down yourself and ask again",

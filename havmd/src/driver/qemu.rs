@@ -19,6 +19,8 @@ use tokio::sync::mpsc;
 
 /// How long a guest has to shut down by itself before its QEMU is ended.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(90);
+/// Between two presses of the power button.
+const PRESS: Duration = Duration::from_secs(5);
 /// How long libvirt may take to notice that a QEMU is gone.
 const NOTICE: Duration = Duration::from_secs(5);
 /// Where libvirt's system daemon notes the QEMU of a domain.
@@ -231,7 +233,7 @@ impl Inner {
     /// Kills the process by its pidfd, sees it dead, and has libvirt notice.
     async fn end_process(&self) -> Result<(), String> {
         let name = self.guest.as_str();
-        let noted = LifeFile::load(&self.run_dir()).and_then(|f| Process::same(f.qemu));
+        let noted = self.noted();
         // Gone from here on: its end is not to be taken for an admin's.
         LifeFile::remove(&self.run_dir());
         let known = noted.is_some();
@@ -270,27 +272,33 @@ impl Inner {
 
     async fn shutdown(self: &Arc<Self>) {
         self.intended.store(true, Ordering::SeqCst);
-        if LifeFile::load(&self.run_dir())
-            .and_then(|f| Process::same(f.qemu))
-            .is_none()
-        {
+        if self.noted().is_none() {
             (self.post)(Event::GuestLost { intended: true });
             return;
         }
-        if let Err(e) = self.libvirt.shutdown(self.guest.as_str()).await {
-            tracing::warn!(guest = %self.guest, error = %e, "the guest cannot be asked to shut down");
-        }
         let (me, generation) = (self.clone(), self.generation.load(Ordering::SeqCst));
         tokio::spawn(async move {
-            tokio::time::sleep(SHUTDOWN_GRACE).await;
-            if me.generation.load(Ordering::SeqCst) == generation
-                && let Some(p) = LifeFile::load(&me.run_dir()).and_then(|f| Process::same(f.qemu))
-            {
-                tracing::warn!(guest = %me.guest, seconds = SHUTDOWN_GRACE.as_secs(),
-                    "the guest did not shut down in time; its QEMU is ended");
-                p.kill();
+            let end = Instant::now() + SHUTDOWN_GRACE;
+            while me.generation.load(Ordering::SeqCst) == generation {
+                let Some(p) = me.noted() else { return };
+                if Instant::now() > end {
+                    tracing::warn!(guest = %me.guest, seconds = SHUTDOWN_GRACE.as_secs(),
+                        "the guest did not shut down in time; its QEMU is ended");
+                    p.kill();
+                    return;
+                }
+                // Pressed again and again: a guest that still boots does not see the first one.
+                if let Err(e) = me.libvirt.shutdown(me.guest.as_str()).await {
+                    tracing::warn!(guest = %me.guest, error = %e, "the guest cannot be asked to shut down");
+                }
+                tokio::time::sleep(PRESS).await;
             }
         });
+    }
+
+    /// The QEMU whose life is noted, where it lives.
+    fn noted(&self) -> Option<Process> {
+        LifeFile::load(&self.run_dir()).and_then(|f| Process::same(f.qemu))
     }
 
     /// Posts `GuestLost` when the process ends without an order of ours.
