@@ -25,7 +25,11 @@ impl Engine {
                 here || (self.intent() == Intent::Stopped
                     && self.rec.as_ref().is_some_and(|r| r.valid))
             }
-            Some((Role::Protected, RoleStatus::Active)) => here && self.hand == Hand::No,
+            // Its process lives, also while a new replicator takes hold of it.
+            Some((Role::Protected, RoleStatus::Active)) => {
+                let lives = self.life.is_some() && !self.waiting && self.qemu == Qemu::Up;
+                lives && !self.frozen && self.conflict.is_none() && self.hand == Hand::No
+            }
             _ => false,
         }
     }
