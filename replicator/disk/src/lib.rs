@@ -86,7 +86,8 @@
 //! # Limits
 //!
 //! Raw images and block devices of whole 512-byte sectors, up to 64 TiB, size fixed while open. A
-//! trim is replicated as zeroes. On block devices holes are not known, so a full compare reads all.
+//! trim is replicated as zeroes. IO goes through the page cache (no O_DIRECT yet); the server does not
+//! offer FAST_ZERO. On block devices holes are not known, so a full compare reads all.
 
 pub mod backing;
 pub mod blocks;

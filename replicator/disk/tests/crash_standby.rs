@@ -239,7 +239,7 @@ fn check(run: &Run, at: usize, how: Crash, rng: &mut Rng) -> Result<(), String> 
 #[test]
 fn one_state_after_any_crash() {
     let mut crashes = 0;
-    for seed in histories(20) {
+    for seed in histories(12) {
         let rng = &mut Rng(seed);
         let run = history(rng);
         let end = run.machine.world.now();
