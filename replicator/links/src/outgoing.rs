@@ -24,7 +24,6 @@ use rustls::ClientConfig;
 use socket::connect_socket;
 pub use spec::{OutEvent, OutgoingError, OutgoingSpec, SendError};
 use std::collections::VecDeque;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
