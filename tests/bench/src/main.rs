@@ -14,6 +14,7 @@ mod machine;
 mod pause;
 mod promotion;
 mod report;
+mod resync;
 mod stats;
 
 // What the tests of these crates run on is what the bench runs on.

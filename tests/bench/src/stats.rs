@@ -7,6 +7,8 @@ use serde::Serialize;
 pub struct Spread {
     /// How many.
     pub n: usize,
+    /// What one of ten does not exceed: on a machine with other users, nearest to what havm itself takes.
+    pub p10: f64,
     /// The median.
     pub p50: f64,
     /// What nine of ten do not exceed.
@@ -27,6 +29,7 @@ pub fn spread(row: impl IntoIterator<Item = f64>) -> Option<Spread> {
     };
     Some(Spread {
         n: v.len(),
+        p10: at(10)?,
         p50: at(50)?,
         p90: at(90)?,
         p99: at(99)?,
@@ -53,7 +56,8 @@ mod tests {
     fn percentiles_by_nearest_rank() {
         assert_eq!(spread([]), None);
         let s = spread((1..=100).rev().map(f64::from)).unwrap();
-        assert_eq!((s.p50, s.p90, s.p99, s.max), (50.0, 90.0, 99.0, 100.0));
+        assert_eq!((s.p10, s.p50, s.p90), (10.0, 50.0, 90.0));
+        assert_eq!((s.p99, s.max), (99.0, 100.0));
         assert_eq!(median([3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median([7.0]), Some(7.0));
     }
