@@ -437,7 +437,10 @@ impl Machine {
             Err(why) => {
                 // Nothing was given away yet, but the stream has ended.
                 p.guest.tell(Cmd::Run);
-                self.report(Report::HandOverFailed { term, why: why.clone() });
+                self.report(Report::HandOverFailed {
+                    term,
+                    why: why.clone(),
+                });
                 self.report(Report::StreamBroken { term, why });
             }
         }

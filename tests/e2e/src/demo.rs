@@ -27,15 +27,20 @@ struct Event {
 
 fn events(pair: &Pair, host: Host) -> Result<Vec<Event>> {
     let said = pair.havm_ok(host, &["events", "--json", "-n", "1000"])?;
-    said.lines().map(|l| serde_json::from_str(l).context("an event")).collect()
+    said.lines()
+        .map(|l| serde_json::from_str(l).context("an event"))
+        .collect()
 }
 
 /// When an event of this kind happened to the guest, the first at or after `from_ms`.
 fn when(events: &[Event], kind: &str, from_ms: u64) -> Result<u64> {
-    let mut of_kind = events.iter().filter(|e| {
-        e.kind == kind && e.guest.as_deref() == Some(GUEST) && e.at_ms >= from_ms
-    });
-    Ok(of_kind.next().with_context(|| format!("no event {kind}"))?.at_ms)
+    let mut of_kind = events
+        .iter()
+        .filter(|e| e.kind == kind && e.guest.as_deref() == Some(GUEST) && e.at_ms >= from_ms);
+    Ok(of_kind
+        .next()
+        .with_context(|| format!("no event {kind}"))?
+        .at_ms)
 }
 
 fn unix_ms(cut: &PowerCut) -> Result<u64> {
@@ -58,7 +63,9 @@ fn fail_over(pair: &Pair, client: &mut ClientHandle) -> Result<Failover> {
     let at = unix_ms(&cut)?;
     let seen = events(pair, Beta)?;
     let (lost, going) = (when(&seen, "peer-lost", at)?, when(&seen, "failover", at)?);
-    let went = seen.iter().filter(|e| e.kind == "failover" && e.at_ms >= at);
+    let went = seen
+        .iter()
+        .filter(|e| e.kind == "failover" && e.at_ms >= at);
     let ran = went.map(|e| e.at_ms).max().context("no failover")?;
     let f = Failover {
         detected_ms: lost - at,
@@ -100,8 +107,14 @@ fn come_back(pair: &Pair, client: &mut ClientHandle) -> Result<Return> {
     pair.wait_protected(GUEST, Alpha)?;
     std::thread::sleep(Duration::from_secs(2));
     let outage_ms = client.stats()?.max_gap.ms;
-    tell(format!("the guest is home again, protected all the way; the client missed {outage_ms:.0} ms"));
-    Ok(Return { resync_seconds, resync_bytes, outage_ms })
+    tell(format!(
+        "the guest is home again, protected all the way; the client missed {outage_ms:.0} ms"
+    ));
+    Ok(Return {
+        resync_seconds,
+        resync_bytes,
+        outage_ms,
+    })
 }
 
 /// Plays the demo and writes the report.
@@ -110,7 +123,11 @@ fn come_back(pair: &Pair, client: &mut ClientHandle) -> Result<Return> {
 /// Something did not happen, or a safety figure is not perfect.
 pub fn run(report: &Path, lost_ms: Option<u64>) -> Result<()> {
     tell("two hosts, a witness box and a client, each in namespaces of its own");
-    let pair = Pair::up(&Setup { lab: "havm-demo".into(), lost_ms, ..Setup::default() })?;
+    let pair = Pair::up(&Setup {
+        lab: "havm-demo".into(),
+        lost_ms,
+        ..Setup::default()
+    })?;
     let told = play(&pair).map_err(|e| e.context(pair.logs()))?;
     if let Some(dir) = report.parent() {
         std::fs::create_dir_all(dir)?;
@@ -123,7 +140,10 @@ pub fn run(report: &Path, lost_ms: Option<u64>) -> Result<()> {
 
 fn play(pair: &Pair) -> Result<Value> {
     let domain = Domain::new(GUEST, 10);
-    tell(format!("`havm protect {GUEST}`: {} MiB, {} vCPU, at home on alpha", domain.memory_mib, domain.vcpus));
+    tell(format!(
+        "`havm protect {GUEST}`: {} MiB, {} vCPU, at home on alpha",
+        domain.memory_mib, domain.vcpus
+    ));
     let protect = pair.protect(&domain, Alpha)?;
     tell(format!("protected after {:.1} s", protect.as_secs_f64()));
     let mut client = outside::client(pair, domain.ip, 4)?;
@@ -131,7 +151,10 @@ fn play(pair: &Pair) -> Result<Value> {
     tell("a client keeps it busy: every answer is on the guest's disk before it is sent");
     std::thread::sleep(Duration::from_secs(8));
     let g = pair.guest(Alpha, GUEST)?;
-    let counters = g.replica.context("alpha's replicator says nothing")?.counters;
+    let counters = g
+        .replica
+        .context("alpha's replicator says nothing")?
+        .counters;
     let ratio = counters.wire_bytes as f64 / counters.dirty_bytes.max(1) as f64;
     let ms = |us: u64| us as f64 / 1000.0;
     tell(format!(
@@ -145,7 +168,8 @@ fn play(pair: &Pair) -> Result<Value> {
     let failover = fail_over(pair, &mut client)?;
     let back = come_back(pair, &mut client)?;
     tell("both copies are compared, page by page and block by block");
-    let verified: Value = serde_json::from_str(&pair.havm_ok(Alpha, &["verify", GUEST, "--json"])?)?;
+    let verified: Value =
+        serde_json::from_str(&pair.havm_ok(Alpha, &["verify", GUEST, "--json"])?)?;
     let proof = client.stop()?;
     let recorded = recorder.stop()?;
     tell(format!(
@@ -160,10 +184,16 @@ fn play(pair: &Pair) -> Result<Value> {
     ));
     let uncommitted = recorded.uncommitted_frames_seen();
     if !proof.perfect() {
-        bail!("the client's proof is not perfect: {}", serde_json::to_string(&proof)?);
+        bail!(
+            "the client's proof is not perfect: {}",
+            serde_json::to_string(&proof)?
+        );
     }
     if uncommitted > 0 {
-        bail!("frames were seen that were taken back: {:?}", recorded.conflicts);
+        bail!(
+            "frames were seen that were taken back: {:?}",
+            recorded.conflicts
+        );
     }
     let equal = |key: &str| verified[key].as_bool() == Some(true);
     if !(equal("memory_equal") && equal("disk_equal")) {

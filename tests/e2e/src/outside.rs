@@ -13,7 +13,12 @@ use std::net::Ipv4Addr;
 /// The guest does not answer.
 pub fn client(pair: &Pair, ip: Ipv4Addr, connections: usize) -> Result<ClientHandle> {
     let mut c = pair.lab.client_command(&program("testify-client")?)?;
-    c.args(["run", &ip.to_string(), "--connections", &connections.to_string()]);
+    c.args([
+        "run",
+        &ip.to_string(),
+        "--connections",
+        &connections.to_string(),
+    ]);
     ClientHandle::start(c)
 }
 
@@ -35,6 +40,10 @@ pub fn ask(pair: &Pair, ip: Ipv4Addr, question: &Ask) -> Result<String> {
     let mut c = pair.lab.client_command(&program("testify-client")?)?;
     c.args(["ask", &ip.to_string(), &serde_json::to_string(question)?]);
     let out = c.output()?;
-    ensure!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr).trim());
+    ensure!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr).trim()
+    );
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }

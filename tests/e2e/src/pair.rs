@@ -30,7 +30,12 @@ impl Default for Setup {
     fn default() -> Self {
         // Two hosts with their guests, a witness and a client share this machine's cores: what is
         // late here is not dead. The default is for real servers, and for the bench.
-        Setup { lab: "havm".into(), lost_ms: Some(400), stability_s: 3, automatic: true }
+        Setup {
+            lab: "havm".into(),
+            lost_ms: Some(400),
+            stability_s: 3,
+            automatic: true,
+        }
     }
 }
 
@@ -76,12 +81,16 @@ impl Pair {
             pair.start_daemon(host)?;
         }
         for host in SERVERS {
-            until("the daemons to see each other and the witness", LONG, || {
-                let s = pair.status(host)?;
-                let witness = s.witness.as_ref().is_some_and(|w| w.reachable);
-                let linked = s.links.iter().all(|l| l.up);
-                Ok((witness && linked).then_some(()))
-            })?;
+            until(
+                "the daemons to see each other and the witness",
+                LONG,
+                || {
+                    let s = pair.status(host)?;
+                    let witness = s.witness.as_ref().is_some_and(|w| w.reachable);
+                    let linked = s.links.iter().all(|l| l.up);
+                    Ok((witness && linked).then_some(()))
+                },
+            )?;
         }
         Ok(())
     }
@@ -100,7 +109,11 @@ impl Pair {
                  {lost}\n\
                  [witness]\nkind = \"builtin\"\naddress = [\"10.78.0.3:7422\"]\n\n\
                  [failback]\npolicy = \"{}\"\nstability_s = {}\nflap_max = 1000\n",
-                if setup.automatic { "automatic" } else { "manual" },
+                if setup.automatic {
+                    "automatic"
+                } else {
+                    "manual"
+                },
                 setup.stability_s,
             );
             let path = self.lab.files(host).path("etc-havm/havm.toml");
@@ -172,7 +185,11 @@ impl Pair {
         let said = String::from_utf8_lossy(&out.stdout).into_owned();
         if !out.status.success() {
             let err = String::from_utf8_lossy(&out.stderr);
-            bail!("`havm {}` on {host}: {}\n{said}{err}", args.join(" "), out.status);
+            bail!(
+                "`havm {}` on {host}: {}\n{said}{err}",
+                args.join(" "),
+                out.status
+            );
         }
         Ok(said)
     }
@@ -184,7 +201,10 @@ impl Pair {
     pub fn status(&self, host: Host) -> Result<Status> {
         let out = self.havm(host, &["status", "--json"])?;
         let host_status: HostStatus = serde_json::from_slice(&out.stdout).with_context(|| {
-            format!("status of {host}: {}", String::from_utf8_lossy(&out.stderr).trim())
+            format!(
+                "status of {host}: {}",
+                String::from_utf8_lossy(&out.stderr).trim()
+            )
         })?;
         Ok(host_status.status)
     }
@@ -264,11 +284,17 @@ impl Pair {
                 paths.push(d.path().join("replicator.log"));
             }
             for p in paths {
-                let Ok(text) = std::fs::read_to_string(&p) else { continue };
+                let Ok(text) = std::fs::read_to_string(&p) else {
+                    continue;
+                };
                 let lines: Vec<&str> = text.lines().collect();
                 let tail = &lines[lines.len().saturating_sub(40)..];
                 let name = p.file_name().map(|n| n.to_string_lossy().into_owned());
-                all += &format!("--- {host} {}\n{}\n", name.unwrap_or_default(), tail.join("\n"));
+                all += &format!(
+                    "--- {host} {}\n{}\n",
+                    name.unwrap_or_default(),
+                    tail.join("\n")
+                );
             }
         }
         all
@@ -284,5 +310,7 @@ pub const DISK_BYTES: u64 = 64 << 20;
 /// It was not built.
 pub fn program(name: &str) -> Result<String> {
     let path = havm_lab::place::program(name)?;
-    path.to_str().map(str::to_owned).context("the path of this build is not UTF-8")
+    path.to_str()
+        .map(str::to_owned)
+        .context("the path of this build is not UTF-8")
 }

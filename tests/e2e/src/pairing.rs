@@ -18,7 +18,9 @@ fn ok(mut c: Command, what: &str) -> Result<()> {
 fn carry(lab: &Lab, from: (Host, &str), to: &[(Host, &str)]) -> Result<()> {
     let path = lab.files(from.0).path(from.1);
     let code = until("a code", LONG, || {
-        Ok(std::fs::read_to_string(&path).ok().filter(|c| c.ends_with('\n')))
+        Ok(std::fs::read_to_string(&path)
+            .ok()
+            .filter(|c| c.ends_with('\n')))
     })?;
     for (host, name) in to {
         std::fs::write(lab.files(*host).path(name), &code).context("carry the code")?;
@@ -38,7 +40,11 @@ pub fn pair(lab: &Lab, havm: &str) -> Result<()> {
         .stdout(Stdio::null())
         .spawn()
         .context("havm pair on alpha")?;
-    carry(lab, (Host::Alpha, "run/havm/code"), &[(Host::Beta, "run/havm/code")])?;
+    carry(
+        lab,
+        (Host::Alpha, "run/havm/code"),
+        &[(Host::Beta, "run/havm/code")],
+    )?;
     let mut join = lab.command(Host::Beta, havm)?;
     join.args(["pair", "--code-file", "/run/havm/code"]);
     ok(join, "havm pair on beta")?;
@@ -50,7 +56,10 @@ pub fn pair(lab: &Lab, havm: &str) -> Result<()> {
     enrol.args(["witness", "--enrol", "--state-dir", "/var/lib/havm/witness"]);
     enrol.args(["--code-file", "/run/havm/code"]);
     ok(enrol, "havm witness --enrol")?;
-    let both = [(Host::Alpha, "run/havm/witness-code"), (Host::Beta, "run/havm/witness-code")];
+    let both = [
+        (Host::Alpha, "run/havm/witness-code"),
+        (Host::Beta, "run/havm/witness-code"),
+    ];
     carry(lab, (Host::Gamma, "run/havm/code"), &both)?;
     for host in [Host::Alpha, Host::Beta] {
         // The witness has just been started; a person would try again too.
@@ -61,7 +70,10 @@ pub fn pair(lab: &Lab, havm: &str) -> Result<()> {
         })?;
     }
     let code = |h: Host, name: &str| lab.files(h).path(name);
-    for p in [code(Host::Alpha, "run/havm/code"), code(Host::Beta, "run/havm/code")] {
+    for p in [
+        code(Host::Alpha, "run/havm/code"),
+        code(Host::Beta, "run/havm/code"),
+    ] {
         remove(&p)?;
     }
     Ok(())

@@ -12,7 +12,8 @@ use std::time::Instant;
 /// # Errors
 /// One failed, or none of that name exists.
 pub fn run(only: &[String]) -> Result<()> {
-    let wanted = |s: &&Scenario| only.is_empty() || only.iter().any(|o| s.name.contains(o.as_str()));
+    let wanted =
+        |s: &&Scenario| only.is_empty() || only.iter().any(|o| s.name.contains(o.as_str()));
     let chosen: Vec<&Scenario> = ALL.iter().filter(wanted).collect();
     if chosen.is_empty() {
         bail!("no scenario of that name; `havm-e2e list` names them");
@@ -23,7 +24,11 @@ pub fn run(only: &[String]) -> Result<()> {
         tell(format!("{}: {}", s.name, s.what));
         let t = Instant::now();
         match play(s, &mut stage) {
-            Ok(()) => tell(format!("{}: ok ({:.0} s)", s.name, t.elapsed().as_secs_f64())),
+            Ok(()) => tell(format!(
+                "{}: ok ({:.0} s)",
+                s.name,
+                t.elapsed().as_secs_f64()
+            )),
             Err(e) => {
                 tell(format!("{}: FAILED: {e:#}", s.name));
                 if let Some(stage) = &stage {
@@ -38,14 +43,25 @@ pub fn run(only: &[String]) -> Result<()> {
     if !failed.is_empty() {
         tell(format!("failed: {}", failed.join(", ")));
     }
-    println!("{} passed, {} failed", chosen.len() - failed.len(), failed.len());
-    if failed.is_empty() { Ok(()) } else { bail!("{} scenarios failed", failed.len()) }
+    println!(
+        "{} passed, {} failed",
+        chosen.len() - failed.len(),
+        failed.len()
+    );
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        bail!("{} scenarios failed", failed.len())
+    }
 }
 
 fn play(s: &Scenario, stage: &mut Option<Stage>) -> Result<()> {
     let stage = match stage {
         Some(s) => s,
-        None => stage.insert(Stage::set_up(&Setup { lab: "havm-e2e".into(), ..Setup::default() })?),
+        None => stage.insert(Stage::set_up(&Setup {
+            lab: "havm-e2e".into(),
+            ..Setup::default()
+        })?),
     };
     stage.heal()?;
     (s.play)(stage)?;

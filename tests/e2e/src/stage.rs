@@ -3,6 +3,7 @@
 use crate::outside;
 use crate::pair::{Pair, SERVERS, Setup};
 use crate::story::tell;
+use crate::wait::{LONG, until};
 use anyhow::{Context, Result, bail, ensure};
 use havm_core::order::ReplicaState;
 use havm_guest::client::{ClientHandle, Proof};
@@ -29,7 +30,8 @@ impl Stage {
     pub fn set_up(setup: &Setup) -> Result<Stage> {
         let pair = Pair::up(setup)?;
         let web = Domain::new("web", 10);
-        pair.protect(&web, Host::Alpha).map_err(|e| e.context(pair.logs()))?;
+        pair.protect(&web, Host::Alpha)
+            .map_err(|e| e.context(pair.logs()))?;
         Ok(Stage { pair, web })
     }
 
@@ -63,7 +65,9 @@ impl Stage {
     /// # Errors
     /// The lab's.
     pub fn link(&self, name: &str, up: bool) -> Result<()> {
-        self.pair.lab.set_link(name, if up { LinkState::Up } else { LinkState::Down })
+        self.pair
+            .lab
+            .set_link(name, if up { LinkState::Up } else { LinkState::Down })
     }
 
     /// The term on a host.
@@ -80,7 +84,8 @@ impl Stage {
     /// No daemon or no replicator.
     pub fn replica(&self, host: Host) -> Result<ReplicaState> {
         let g = self.pair.guest(host, &self.web.name)?;
-        g.replica.with_context(|| format!("no replicator on {host}"))
+        g.replica
+            .with_context(|| format!("no replicator on {host}"))
     }
 
     /// Kills a process of a host by its number in that host, as `kill -9` would.
@@ -88,8 +93,17 @@ impl Stage {
     /// # Errors
     /// There is none.
     pub fn kill(&self, host: Host, pid: &str) -> Result<()> {
-        let out = self.pair.lab.command(host, "kill")?.args(["-9", pid]).output()?;
-        ensure!(out.status.success(), "kill {pid} on {host}: {}", String::from_utf8_lossy(&out.stderr));
+        let out = self
+            .pair
+            .lab
+            .command(host, "kill")?
+            .args(["-9", pid])
+            .output()?;
+        ensure!(
+            out.status.success(),
+            "kill {pid} on {host}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         Ok(())
     }
 
@@ -101,8 +115,11 @@ impl Stage {
         let text = std::fs::read_to_string(self.pair.lab.files(host).path(file))
             .with_context(|| format!("{file} on {host}"))?;
         let json: Option<serde_json::Value> = serde_json::from_str(&text).ok();
-        let pid = json.as_ref().and_then(|j| j.get("pid").or(Some(j))?.as_i64());
-        pid.map(|p| p.to_string()).with_context(|| format!("{file} on {host} names no process"))
+        let pid = json
+            .as_ref()
+            .and_then(|j| j.get("pid").or(Some(j))?.as_i64());
+        pid.map(|p| p.to_string())
+            .with_context(|| format!("{file} on {host} names no process"))
     }
 
     /// The daemon's process on a host.
@@ -111,10 +128,26 @@ impl Stage {
     /// It does not run.
     pub fn havmd(&self, host: Host) -> Result<String> {
         // The host has a PID namespace of its own: this sees nothing outside.
-        let out = self.pair.lab.command(host, "pgrep")?.args(["-x", "havmd"]).output()?;
+        let out = self
+            .pair
+            .lab
+            .command(host, "pgrep")?
+            .args(["-x", "havmd"])
+            .output()?;
         let pid = String::from_utf8_lossy(&out.stdout).trim().to_owned();
         ensure!(!pid.is_empty(), "no havmd on {host}");
         Ok(pid)
+    }
+
+    /// Kills the daemon of a host, and sees it gone.
+    ///
+    /// # Errors
+    /// It did not run.
+    pub fn kill_havmd(&self, host: Host) -> Result<()> {
+        self.kill(host, &self.havmd(host)?)?;
+        until("the daemon's end", LONG, || {
+            Ok(self.havmd(host).is_err().then_some(()))
+        })
     }
 
     /// Plays `act` while a client keeps the guest busy and a recorder watches both hosts' ports;
@@ -138,10 +171,16 @@ impl Stage {
             proof.connections_kept, proof.connections_before, proof.answers, proof.max_gap_ms
         ));
         if !proof.perfect() {
-            bail!("the client's proof is not perfect: {}", serde_json::to_string(&proof)?);
+            bail!(
+                "the client's proof is not perfect: {}",
+                serde_json::to_string(&proof)?
+            );
         }
         if recorded.uncommitted_frames_seen() > 0 {
-            bail!("frames were seen that were taken back: {:?}", recorded.conflicts);
+            bail!(
+                "frames were seen that were taken back: {:?}",
+                recorded.conflicts
+            );
         }
         Ok(proof)
     }

@@ -39,7 +39,9 @@ pub fn primary_frozen(s: &Stage) -> Result<()> {
         let beta = s.term(Beta)?;
         s.pair.lab.thaw(Alpha)?;
         // What it says before it has heard of the new term is old.
-        until("alpha to hear of the new term", LONG, || Ok((s.term(Alpha)? >= beta).then_some(())))?;
+        until("alpha to hear of the new term", LONG, || {
+            Ok((s.term(Alpha)? >= beta).then_some(()))
+        })?;
         s.protected_at(Alpha)
     })?;
     s.pair.verify(Alpha, "web")
@@ -53,7 +55,10 @@ pub fn power_off_after_promotion(s: &Stage) -> Result<()> {
     s.pair.lab.power_on(Alpha)?;
     std::thread::sleep(Duration::from_secs(3));
     let g = s.pair.guest(Alpha, "web")?;
-    ensure!(!g.runs_here, "alpha started an older state than the one that beta showed the world");
+    ensure!(
+        !g.runs_here,
+        "alpha started an older state than the one that beta showed the world"
+    );
     s.pair.lab.power_on(Beta)?;
     s.protected_at(Alpha)?;
     ensure!(s.term(Alpha)? > since.term.0, "the term went back");

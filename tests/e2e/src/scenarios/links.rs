@@ -28,7 +28,10 @@ pub fn one_link_after_the_other(s: &Stage) -> Result<()> {
         }
         s.protected_at(Alpha)
     })?;
-    ensure!(s.term(Alpha)? == term, "a single link's loss moved the guest");
+    ensure!(
+        s.term(Alpha)? == term,
+        "a single link's loss moved the guest"
+    );
     s.pair.verify(Alpha, "web")
 }
 
@@ -46,7 +49,10 @@ fn cut_and_mend(s: &Stage, links: &[&str], winner: Option<Host>) -> Result<()> {
             }
             Ok(None)
         })?;
-        ensure!(winner.is_none_or(|w| w == who), "{who} goes on, not {winner:?}");
+        ensure!(
+            winner.is_none_or(|w| w == who),
+            "{who} goes on, not {winner:?}"
+        );
         std::thread::sleep(Duration::from_secs(2));
         let other = if who == Alpha { Beta } else { Alpha };
         let g = s.pair.guest(other, "web")?;
@@ -80,7 +86,11 @@ pub fn cut_with_no_witness(s: &Stage) -> Result<()> {
         let before = client.stats()?.answers;
         std::thread::sleep(Duration::from_secs(3));
         let held = client.stats()?.answers;
-        ensure!(held == before, "{} answers came out without a standby", held - before);
+        ensure!(
+            held == before,
+            "{} answers came out without a standby",
+            held - before
+        );
         let g = s.pair.guest(Beta, "web")?;
         ensure!(!g.runs_here, "beta was promoted without a permit");
         // The links return, the witness does not.

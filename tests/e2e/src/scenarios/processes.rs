@@ -20,15 +20,16 @@ pub fn havmd_killed(s: &Stage) -> Result<()> {
     let term = s.term(Alpha)?;
     s.under_load(|s, client| {
         for host in [Alpha, Beta] {
-            let pid = s.havmd(host)?;
             client.mark()?;
-            s.kill(host, &pid)?;
+            s.kill_havmd(host)?;
             std::thread::sleep(Duration::from_secs(3));
             s.pair.background(host, "20-havmd")?;
             s.protected_at(Alpha)?;
             std::thread::sleep(Duration::from_secs(1));
             let gap = client.stats()?.max_gap.ms;
-            tell(format!("  havmd gone on {host} for 3 s: longest gap {gap:.0} ms"));
+            tell(format!(
+                "  havmd gone on {host} for 3 s: longest gap {gap:.0} ms"
+            ));
             // Not a figure: a bound that only a stop would break.
             ensure!(gap < 2000.0, "answers stopped for {gap:.0} ms");
         }

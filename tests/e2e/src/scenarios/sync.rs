@@ -52,7 +52,7 @@ pub fn power_off_in_first_sync(s: &Stage) -> Result<()> {
         s.pair.lab.power_on(victim)?;
         s.pair.wait_protected(name, Alpha)?;
         s.pair.verify(Alpha, name)?;
-        s.pair.havm_ok(Alpha, &["unprotect", name])?;
+        s.pair.havm_ok(Alpha, &["unprotect", name, "--restart"])?;
         s.protected_at(Alpha)?;
     }
     Ok(())
@@ -77,6 +77,6 @@ pub fn two_guests_opposite_homes(s: &Stage) -> Result<()> {
     }
     s.pair.verify(Alpha, "web")?;
     s.pair.verify(Beta, "db")?;
-    s.pair.havm_ok(Beta, &["unprotect", "db"])?;
+    s.pair.havm_ok(Beta, &["unprotect", "db", "--restart"])?;
     Ok(())
 }
