@@ -12,6 +12,6 @@ cargo build --release --workspace --bins || exit 1
 target/release/lab guest-image || exit 1
 step 'unit, simulation and component tests'
 # Doc tests have nothing to show here that the unit tests do not.
-cargo test --release --workspace --lib --bins --tests --no-fail-fast || exit 1
+cargo test --release --workspace --lib --bins --tests --examples --no-fail-fast || exit 1
 step 'end to end, on the lab'
 exec scripts/on-lab.sh havm-e2e target/release/havm-e2e run

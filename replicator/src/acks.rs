@@ -5,6 +5,7 @@ use crate::input::Input;
 use crate::nics::Nics;
 use crate::primary::Cmd;
 use havm_core::ids::{EpochId, EpochNo};
+use havm_links::link::run_sooner;
 use havm_links::outgoing::{OutEvent, Outgoing};
 use havm_wire::acked::{AckLedger, AckOutcome};
 use havm_wire::back::Back;
@@ -69,7 +70,8 @@ impl Acks {
         std::thread::Builder::new()
             .name("acks".into())
             .spawn(move || {
-                while !seen.load(SeqCst) {
+                run_sooner();
+            while !seen.load(SeqCst) {
                     if let Some(e) = parts.out.event(TICK) {
                         parts.hear(e);
                     }

@@ -26,6 +26,7 @@ use crate::stats::Stats;
 use havm_capture::{Capture, PageSet};
 use havm_core::ids::{EpochNo, StreamId};
 use havm_core::order::GuestEnd;
+use havm_links::link::run_sooner;
 use havm_qmp::{EventKind, Qmp};
 use havm_wire::back::Back;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -124,7 +125,8 @@ impl Guest {
         let thread = std::thread::Builder::new()
             .name("guest".into())
             .spawn(move || {
-                let mut w = Worker::new(parts, inbox);
+                run_sooner();
+            let mut w = Worker::new(parts, inbox);
                 w.session = session;
                 w.run();
                 (w.parts.qmp, w.parts.capture)

@@ -4,6 +4,7 @@ use super::shared::{Shared, Work};
 use super::{Events, Reply, StandbyEvent};
 use havm_core::ids::EpochNo;
 use havm_links::incoming::{In, Incoming};
+use havm_links::link::run_sooner;
 use havm_wire::assemble::{EpochAssembler, Step};
 use havm_wire::raw::RawFrame;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ struct Stream {
 
 impl Receiver {
     pub(super) fn run(self) {
+        run_sooner();
         let mut stream = self.fresh();
         while !self.end.load(SeqCst) {
             match self.incoming.recv(TICK) {

@@ -91,14 +91,18 @@ fn come_back(pair: &Pair, client: &mut ClientHandle) -> Result<Return> {
     let t = Instant::now();
     pair.lab.power_on(Alpha)?;
     let up = t.elapsed();
-    let synced = until("beta's guest to be protected again", LONG, || {
+    until("beta's guest to be protected again", LONG, || {
         let g = pair.guest(Beta, GUEST)?;
         // It may be on its way home already.
         let gone = pair.guest(Alpha, GUEST).is_ok_and(|a| a.runs_here);
-        Ok((g.safety == Safety::Safe || gone).then_some(g.replica.map(|r| r.counters.sync_bytes)))
+        Ok((g.safety == Safety::Safe || gone).then_some(()))
     })?;
     let resync_seconds = (t.elapsed() - up).as_secs_f64();
-    let resync_bytes = synced.context("beta's replicator says nothing")?;
+    // Beta's replicator has sent no other sync, and says its numbers once a second.
+    let resync_bytes = until("beta's replicator to tell what it sent", LONG, || {
+        let sent = pair.guest(Beta, GUEST)?.replica.map_or(0, |r| r.counters.sync_bytes);
+        Ok((sent > 0).then_some(sent))
+    })?;
     tell(format!(
         "brought up to date in {resync_seconds:.1} s with {:.1} MiB; it waits until alpha has proved stable",
         resync_bytes as f64 / 1048576.0

@@ -461,6 +461,11 @@ impl Lab {
         command
             .args(["-c", "echo 0 >\"$0\" && exec \"$@\""])
             .arg(procs);
+        // So that `lab exec alpha havm status` finds this build's programs.
+        if let Some(dir) = place::program("lab")?.parent() {
+            let path = std::env::var("PATH").unwrap_or_default();
+            command.env("PATH", format!("{}:{path}", dir.display()));
+        }
         Ok(command)
     }
 

@@ -3,6 +3,7 @@
 use crate::proto::{Answer, HEADER_BYTES, Kind, PORT};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hasher};
 use std::net::Ipv4Addr;
 
 /// Answers and segments remembered at most; beyond, the record says that it is not complete.
@@ -79,7 +80,7 @@ pub struct Book {
     answers: HashMap<(Ipv4Addr, u32, u64), [u8; HEADER_BYTES]>,
     highest: HashMap<(Ipv4Addr, u32), u64>,
     /// Hash of what was seen at a sequence number.
-    segments: HashMap<(Flow, u32, u16), u32>,
+    segments: HashMap<(Flow, u32, u16), u64>,
     /// The run that each guest is in.
     current: HashMap<Ipv4Addr, usize>,
 }
@@ -222,7 +223,10 @@ impl Book {
     }
 
     fn segment(&mut self, s: &Segment<'_>, now_ms: f64) {
-        let hash = crc32fast::hash(s.payload);
+        // Not a CRC: an answer ends with its own, which makes the CRC of every answer the same.
+        let mut hasher = DefaultHasher::new();
+        hasher.write(s.payload);
+        let hash = hasher.finish();
         // Segments of a retransmission may be cut otherwise: only equal stretches are compared.
         let len = s.payload.len().min(usize::from(u16::MAX)) as u16;
         let key = (s.flow, s.sequence, len);
