@@ -71,7 +71,7 @@ impl Acks {
             .name("acks".into())
             .spawn(move || {
                 run_sooner();
-            while !seen.load(SeqCst) {
+                while !seen.load(SeqCst) {
                     if let Some(e) = parts.out.event(TICK) {
                         parts.hear(e);
                     }

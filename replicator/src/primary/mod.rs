@@ -126,7 +126,7 @@ impl Guest {
             .name("guest".into())
             .spawn(move || {
                 run_sooner();
-            let mut w = Worker::new(parts, inbox);
+                let mut w = Worker::new(parts, inbox);
                 w.session = session;
                 w.run();
                 (w.parts.qmp, w.parts.capture)

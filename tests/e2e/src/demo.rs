@@ -100,7 +100,10 @@ fn come_back(pair: &Pair, client: &mut ClientHandle) -> Result<Return> {
     let resync_seconds = (t.elapsed() - up).as_secs_f64();
     // Beta's replicator has sent no other sync, and says its numbers once a second.
     let resync_bytes = until("beta's replicator to tell what it sent", LONG, || {
-        let sent = pair.guest(Beta, GUEST)?.replica.map_or(0, |r| r.counters.sync_bytes);
+        let sent = pair
+            .guest(Beta, GUEST)?
+            .replica
+            .map_or(0, |r| r.counters.sync_bytes);
         Ok((sent > 0).then_some(sent))
     })?;
     tell(format!(
