@@ -1,6 +1,7 @@
 //! Hosts that lose power or stand still.
 
 use crate::stage::Stage;
+use crate::story::tell;
 use crate::wait::{LONG, until};
 use anyhow::{Result, ensure};
 use havm_core::status::Safety;
@@ -60,6 +61,20 @@ pub fn power_off_after_promotion(s: &Stage) -> Result<()> {
         "alpha started an older state than the one that beta showed the world"
     );
     s.pair.lab.power_on(Beta)?;
+    // Beta may have lost its power before the last epochs were durable on its disk: then it cannot know
+    // whether the disk is complete, and must ask (decision 0008) instead of starting it.
+    let asks = until("beta to go on, or to ask", LONG, || {
+        let g = s.pair.guest(Beta, "web")?;
+        if g.safety == Safety::Down && g.what_to_do.is_some() {
+            return Ok(Some(true));
+        }
+        let home = s.pair.guest(Alpha, "web").is_ok_and(|a| a.runs_here);
+        Ok((g.runs_here || home).then_some(false))
+    })?;
+    if asks {
+        tell("  beta asks whether its disk is good enough: `havm start web`");
+        s.pair.havm_ok(Beta, &["start", "web", "--no-wait"])?;
+    }
     s.protected_at(Alpha)?;
     ensure!(s.term(Alpha)? > since.term.0, "the term went back");
     s.pair.verify(Alpha, "web")
