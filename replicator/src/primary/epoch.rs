@@ -1,6 +1,6 @@
 //! A whole epoch: the last round while the guest runs, the pause, and the sending behind it.
 
-use super::Worker;
+use super::{CAPTURE_FAILED, Worker};
 use havm_core::ids::EpochNo;
 use havm_qmp::{EventKind, Qmp};
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ impl Worker {
         parts
             .capture
             .collect(pages, ROUND_PAGES)
-            .map_err(|e| e.to_string())?;
+            .map_err(|e| format!("{CAPTURE_FAILED}: {e}"))?;
         if let Some(v) = &mut self.verify {
             v.look(&parts.disks);
         }
@@ -39,7 +39,7 @@ impl Worker {
         let pause = parts
             .capture
             .checkpoint(&mut parts.qmp, pages, device_state, &mut barrier, resume)
-            .map_err(|e| format!("capture of epoch {n}: {e}"))?;
+            .map_err(|e| format!("{CAPTURE_FAILED} of epoch {n}: {e}"))?;
         // Stops and starts of our own are no news; anything else is found by the next look.
         let shut = drop_own_events(&mut parts.qmp);
         let paused = Instant::now();

@@ -36,6 +36,10 @@ use std::time::{Duration, Instant};
 
 /// How long the thread sleeps at most: events of the monitor are looked at this often.
 const TICK: Duration = Duration::from_millis(10);
+/// How long a QEMU that is being killed may take until its monitor closes.
+const DYING: Duration = Duration::from_secs(1);
+/// How the text of an error begins that came from the guest's memory or monitor.
+const CAPTURE_FAILED: &str = "capture";
 /// How long a handover waits for the ack of the last epoch.
 const HANDOVER_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -443,11 +447,31 @@ impl Worker {
     }
 
     fn broken(&mut self, why: &str) {
+        // A dying QEMU loses its memory before its monitor closes. That is the end of the guest, not of
+        // the stream: the standby must keep its claim, it is the one that goes on.
+        if why.starts_with(CAPTURE_FAILED) && self.qemu_is_ending() {
+            tracing::warn!(why, "QEMU ended in the middle of an epoch");
+            self.tell(GuestEvent::Ended(GuestEnd::Gone));
+            self.leave = true;
+            return;
+        }
         if let Some(s) = &self.session {
             let id = s.id().stream;
             self.end_session();
             self.tell(GuestEvent::Broken(id, why.to_owned()));
         }
+    }
+
+    /// Looks a while whether the monitor closes.
+    fn qemu_is_ending(&mut self) -> bool {
+        let until = Instant::now() + DYING;
+        while Instant::now() < until {
+            if self.parts.qmp.poll_events().is_err() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        false
     }
 
     fn end_session(&mut self) {

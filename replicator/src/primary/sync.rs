@@ -8,7 +8,7 @@
 //! ```
 
 use super::session::{Session, text};
-use super::{GuestEvent, Worker};
+use super::{CAPTURE_FAILED, GuestEvent, Worker};
 use crate::disks::Disks;
 use havm_core::ids::EpochNo;
 use havm_disk::{BLOCK_BYTES, BlockData, BlockSet};
@@ -180,7 +180,7 @@ impl Worker {
                 .parts
                 .capture
                 .collect(&mut self.pages, CHUNK_PAGES)
-                .map_err(|e| e.to_string())?;
+                .map_err(|e| format!("{CAPTURE_FAILED}: {e}"))?;
             let n = self.pages.len();
             bulk.ram_done_bytes += (n * havm_capture::PAGE_BYTES) as u64;
             session.pages(&mut e, &self.pages)?;

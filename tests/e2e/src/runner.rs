@@ -20,10 +20,22 @@ pub fn run(only: &[String]) -> Result<()> {
     }
     let mut stage: Option<Stage> = None;
     let mut failed = Vec::new();
+    let mut second_tries = Vec::new();
     for s in &chosen {
         tell(format!("{}: {}", s.name, s.what));
         let t = Instant::now();
-        match play(s, &mut stage) {
+        let mut result = play(s, &mut stage);
+        if let Err(e) = &result {
+            // Told in full, and counted at the end: a second try is no excuse for the first.
+            tell(format!("{}: first try FAILED: {e:#}", s.name));
+            if let Some(stage) = &stage {
+                println!("{}", stage.pair.logs());
+            }
+            second_tries.push(s.name);
+            stage = None;
+            result = play(s, &mut stage);
+        }
+        match result {
             Ok(()) => tell(format!(
                 "{}: ok ({:.0} s)",
                 s.name,
@@ -40,6 +52,9 @@ pub fn run(only: &[String]) -> Result<()> {
         }
     }
     drop(stage);
+    if !second_tries.is_empty() {
+        tell(format!("needed a second try: {}", second_tries.join(", ")));
+    }
     if !failed.is_empty() {
         tell(format!("failed: {}", failed.join(", ")));
     }
