@@ -34,16 +34,7 @@ impl Nics {
             ..Limits::default()
         };
         let open = |s: &spec::NicSpec| {
-            let mac =
-                parse_mac(&s.mac).with_context(|| format!("{:?} is not a MAC address", s.mac))?;
-            let nic = NicSpec {
-                guest_tap: s.guest_tap.clone(),
-                bridge_tap: s.bridge_tap.clone(),
-                bridge: s.bridge.clone(),
-                mac,
-                owner_uid: Some(qemu_uid),
-                mtu: MTU_BYTES,
-            };
+            let nic = NicSpec::from_spec(s, qemu_uid, MTU_BYTES)?;
             let gate = Gate::open(&nic, limits).with_context(|| format!("NIC {}", s.mac))?;
             if !gate.has_offloads() {
                 tracing::warn!(
@@ -140,39 +131,6 @@ impl Nics {
             c.dropped_frames += n.discarded + n.overflowed + n.closed_dropped;
             c.input_frames += n.in_frames;
             c.input_dropped += n.in_dropped;
-        }
-    }
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut out = [0u8; 6];
-    let mut parts = text.split(':');
-    for o in &mut out {
-        let p = parts.next()?;
-        let hex = p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit());
-        *o = hex.then(|| u8::from_str_radix(p, 16).ok())??;
-    }
-    parts.next().is_none().then_some(out)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_mac;
-
-    #[test]
-    fn only_whole_mac_addresses() {
-        assert_eq!(
-            parse_mac("52:54:00:aB:00:01"),
-            Some([0x52, 0x54, 0, 0xab, 0, 1])
-        );
-        for bad in [
-            "",
-            "52:54:00:ab:00",
-            "52:54:00:ab:00:01:02",
-            "5:254:00:ab:00:01",
-            "52:54:00:+a:00:01",
-        ] {
-            assert_eq!(parse_mac(bad), None, "{bad}");
         }
     }
 }

@@ -278,7 +278,6 @@ impl Machine {
         };
         let begin = Begin {
             id,
-            peer_life,
             start,
             out: out.clone(),
             ledger: ledger.clone(),

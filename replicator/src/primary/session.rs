@@ -4,7 +4,7 @@ use super::sync::Bulk;
 use crate::disks::Disks;
 use crate::nics::Nics;
 use havm_capture::PageSet;
-use havm_core::ids::{EpochId, EpochNo, LifeId};
+use havm_core::ids::{EpochId, EpochNo};
 use havm_core::order::StreamBase;
 use havm_disk::{EpochWrites, WriteOp};
 use havm_links::outgoing::Outgoing;
@@ -25,8 +25,6 @@ const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 pub struct Begin {
     /// The stream, with epoch 0.
     pub id: EpochId,
-    /// The standby's life.
-    pub peer_life: LifeId,
     /// What it announces.
     pub start: StreamStart,
     /// The links.

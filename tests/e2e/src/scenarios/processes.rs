@@ -2,8 +2,9 @@
 
 use crate::stage::Stage;
 use crate::story::tell;
+use crate::wait::{LONG, until};
 use anyhow::{Result, ensure};
-use havm_lab::Host::{Alpha, Beta};
+use havm_lab::Host::{self, Alpha, Beta};
 use std::time::Duration;
 
 pub fn qemu_killed(s: &Stage) -> Result<()> {
@@ -40,24 +41,20 @@ pub fn havmd_killed(s: &Stage) -> Result<()> {
 }
 
 pub fn replicator_killed_on_primary(s: &Stage) -> Result<()> {
-    s.under_load(|s, _| {
-        let term = s.term(Alpha)?;
-        let pid = s.pid_in(Alpha, "run/havm/g/web/replicator.pid")?;
-        s.kill(Alpha, &pid)?;
-        crate::wait::until("a new term", crate::wait::LONG, || {
-            Ok((s.term(Alpha)? > term).then_some(()))
-        })?;
-        s.protected_at(Alpha)
-    })?;
-    s.pair.verify(Alpha, "web")
+    replicator_killed(s, Alpha)
 }
 
 pub fn replicator_killed_on_standby(s: &Stage) -> Result<()> {
+    replicator_killed(s, Beta)
+}
+
+/// Either way the standby yields, and the primary goes on in a new term (decisions 0001 and 0006).
+fn replicator_killed(s: &Stage, host: Host) -> Result<()> {
     s.under_load(|s, _| {
         let term = s.term(Alpha)?;
-        let pid = s.pid_in(Beta, "run/havm/g/web/replicator.pid")?;
-        s.kill(Beta, &pid)?;
-        crate::wait::until("a new term", crate::wait::LONG, || {
+        let pid = s.pid_in(host, "run/havm/g/web/replicator.pid")?;
+        s.kill(host, &pid)?;
+        until("a new term", LONG, || {
             Ok((s.term(Alpha)? > term).then_some(()))
         })?;
         s.protected_at(Alpha)
